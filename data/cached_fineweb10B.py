@@ -1,0 +1,6 @@
+"""Fetch FineWeb's 10B-token sample, in GPT-2's tokens: python data/cached_fineweb10B.py [N training shards]."""
+
+from download import main
+
+if __name__ == "__main__":
+    main("fineweb10B")

@@ -1,0 +1,94 @@
+"""Fetch pre-tokenized shards from the Hugging Face hub: what the cached_*.py scripts do.
+
+A shard appears under its name only once it has been checked. One that is there and whole is not fetched again; one that
+is damaged is. Whatever stops a download, the same command continues it.
+"""
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+from command import DataError, Parser, between, first_line, run
+from shards import ShardError, check_shard, shard_name
+
+Dataset = namedtuple("Dataset", "repo prefix train_shards")
+DATASETS = {  # by the name of the folder they go to
+    "fineweb10B": Dataset("kjj0/fineweb10B-gpt2", "fineweb", 103),
+    "fineweb100B": Dataset("kjj0/fineweb100B-gpt2", "fineweb", 1030),
+    "finewebedu10B": Dataset("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
+}
+
+
+def is_whole(path, tell):
+    """Whether the shard `path` is there and whole; `tell` is called with a line about a damaged one."""
+    try:
+        check_shard(path)
+    except FileNotFoundError:
+        return False
+    except ShardError as error:
+        tell(f"{error}; fetching it again")
+        return False
+    return True
+
+
+def fetch(repo, path, incoming):
+    """Fetch the shard `path`, named alike in the hub's dataset `repo`, by way of the folder `incoming`, which is kept.
+
+    The hub's library keeps a broken-off download in `incoming`, and continues it there.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise DataError("huggingface_hub is missing: pip install -r requirements.txt") from None
+    try:
+        fetched = hf_hub_download(repo, path.name, repo_type="dataset", local_dir=incoming)
+    except Exception as error:  # of the hub's own types, its HTTP library's, its transfer library's
+        raise DataError(
+            f"could not fetch {path.name} from {repo}: {first_line(error)} "
+            "(running the same command again continues where this stopped)"
+        ) from error
+    try:
+        check_shard(fetched)
+    except ShardError as error:
+        os.remove(fetched)  # or the hub's library would take it for the download, next time
+        raise DataError(f"{repo} sent a bad shard, dropped (try again later): {error}") from error
+    os.replace(fetched, path)
+
+
+def download(name, train_shards, directory):
+    """Have the validation shard and the first `train_shards` training shards of DATASETS[name] in `directory`."""
+    from tqdm import tqdm
+
+    dataset = DATASETS[name]
+    paths = [directory / shard_name(dataset.prefix, "val", 0)]
+    paths += [directory / shard_name(dataset.prefix, "train", number) for number in range(1, train_shards + 1)]
+    incoming = directory / ".incoming"
+    fetched = 0
+    with tqdm(paths, unit="file", desc=name, disable=None) as bar:
+        for path in bar:
+            if not is_whole(path, tell=bar.write):
+                directory.mkdir(parents=True, exist_ok=True)
+                fetch(dataset.repo, path, incoming)
+                fetched += 1
+    shutil.rmtree(incoming, ignore_errors=True)  # the hub's notes; there is nothing left to continue
+    print(f"{directory}: {len(paths):,} shards, {fetched:,} of them fetched now, all whole")
+
+
+def main(name):
+    """The command line of the script for DATASETS[name]."""
+    count = DATASETS[name].train_shards
+
+    def command():
+        parser = Parser(description=f"Fetch shards of {DATASETS[name].repo} from the Hugging Face hub to data/{name}/.")
+        parser.add_argument(
+            "train_shards",
+            nargs="?",
+            type=between(1, count),
+            default=count,
+            metavar="N",
+            help="training shards to have, 100M tokens each (default: all %(default)s)",
+        )
+        download(name, parser.parse_args().train_shards, Path(__file__).resolve().parent / name)
+
+    run(command)

@@ -1,0 +1,713 @@
+"""records/logbook.py, used as its users do: from the command line, on logs of all ages and on files that are none."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGBOOK = ROOT / "records" / "logbook.py"
+PUBLIC_LOGS = ROOT.parent / "shared" / "logs"
+SIGN_TRICK = PUBLIC_LOGS / "2026-05_sign_trick"
+RULE = "=" * 100
+
+needs_public_logs = pytest.mark.skipif(not PUBLIC_LOGS.is_dir(), reason="the public logs are not here")
+
+
+def logbook(*args, status=0, script=LOGBOOK, env=None):
+    """Runs a command and returns what it prints; its exit status must be `status`."""
+    command = [sys.executable, str(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=env)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def mistake(*args, **kwargs):
+    """The one line on stderr that a mistake gets."""
+    lines = logbook(*args, status=2, **kwargs).stderr.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def show(*paths, status=0):
+    return json.loads(logbook("show", "--json", *paths, status=status).stdout)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def val(step, total, loss, ms, average=50.0):
+    return f"step:{step}/{total} val_loss:{loss} train_time:{ms}ms step_avg:{average}ms\n"
+
+
+def train(step, total, loss, ms, average=50.0):
+    return f"step:{step}/{total} train_loss:{loss} train_time:{ms}ms step_avg:{average}ms\n"
+
+
+def header(source, hardware="AMD EPYC, 2 cores", commit="0123456789abcdef0123456789abcdef01234567 dirty"):
+    """What train_gpt.py writes between its source and the first training line."""
+    return (
+        ("" if source.endswith(b"\n") else "\n")
+        + f"{RULE}\nsource: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}\n"
+        + f"python: 3.12.3\npytorch: 2.13.0+cpu\ncuda: none\ntriton: none\nhardware: {hardware}\nworld size: 1\n"
+        + f'git: {commit}\nsettings: {{"preset": "tiny", "seed": 1}}\n'
+        + "data: train data/sympy/sympy_train_000001.bin 24,123,456 tokens\n"
+        + f"data: val data/sympy/sympy_val_000000.bin 1,234,567 tokens\n{RULE}\n"
+    ).encode()
+
+
+def our_log(source=b"print('hello')\n", lines=None, **kwargs):
+    """A whole log of train_gpt.py."""
+    lines = lines or val(0, 100, 5.5512, 0, 0.0) + train(99, 100, 2.2, 4950) + val(100, 100, 2.1034, 5001, 50.01)
+    return source + header(source, **kwargs) + lines.encode() + b"peak memory allocated: 812 MiB reserved: 900 MiB\n"
+
+
+def finished(path, loss, ms=80_000, total=1000):
+    """A log of one finished run."""
+    return write(path, val(0, total, 10.8, 0) + val(total // 2, total, 4.5, ms // 2) + val(total, total, loss, ms))
+
+
+def sample(folder, losses, times=None):
+    times = times or [80_000 + 10 * i for i in range(len(losses))]
+    runs = zip(losses, times, strict=True)
+    return [finished(folder / f"{i:02}.txt", loss, ms) for i, (loss, ms) in enumerate(runs)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public logs; all numbers below are typed in from the files' last lines
+# ----------------------------------------------------------------------------------------------------------------------
+
+PUBLIC = {
+    "2024-05_llmc_baseline.log": (19560, None, 3.2722, None, None, None),
+    "2024-06_adamw.log": (9536, None, 3.275959, None, None, None),
+    "2024-10_muon.txt": (6200, 6200, 3.2785, 1339067, 216.33, None),
+    "2024-11_unet.txt": (3000, 3000, 3.2753, 433570, 145.01, None),
+    "2025-01_softcap.txt": (1390, 1390, 3.2785, 204345, 148.08, 31563),
+    "2025-09_fa3.txt": (1670, 1670, 3.2755, 163621, 97.98, 34217),
+    "2026-05_sign_trick/0cf91274.txt": (1480, 1480, 3.2763, 84237, 56.92, 30868),
+    "2026-05_sign_trick/14564bfb.txt": (1480, 1480, 3.2806, 84392, 57.02, 30879),
+    "2026-05_sign_trick/1dd117ff.txt": (1480, 1480, 3.2789, 84485, 57.08, 30879),
+    "2026-05_sign_trick/312a1b62.txt": (1480, 1480, 3.2785, 84464, 57.07, 30164),
+    "2026-05_sign_trick/4c974e08.txt": (1480, 1480, 3.2780, 84403, 57.03, 30879),
+    "2026-05_sign_trick/4d91d32b.txt": (1480, 1480, 3.2790, 84441, 57.05, 30879),
+    "2026-05_sign_trick/683ecc54.txt": (1480, 1480, 3.2794, 84582, 57.15, 30868),
+    "2026-05_sign_trick/70b757a2.txt": (1480, 1480, 3.2798, 84404, 57.03, 30879),
+    "2026-05_sign_trick/805f13d9.txt": (1480, 1480, 3.2788, 84457, 57.07, 30879),
+    "2026-05_sign_trick/8bfe67e4.txt": (1480, 1480, 3.2802, 84443, 57.06, 30868),
+    "2026-05_sign_trick/8f918574.txt": (1480, 1480, 3.2798, 84454, 57.06, 30879),
+    "2026-05_sign_trick/a29bd64e.txt": (1480, 1480, 3.2783, 84468, 57.07, 30868),
+    "2026-05_sign_trick/a2a8f5e6.txt": (1480, 1480, 3.2789, 84450, 57.06, 30868),
+    "2026-05_sign_trick/ad4c55f8.txt": (1480, 1480, 3.2775, 84357, 57.00, 30879),
+    "2026-05_sign_trick/b3ca82bb.txt": (1480, 1480, 3.2811, 84381, 57.01, 30879),
+    "2026-05_sign_trick/cb6c043a.txt": (1480, 1480, 3.2793, 84424, 57.04, 30868),
+    "2026-05_sign_trick/cc21ff70.txt": (1480, 1480, 3.2802, 84330, 56.98, 30879),
+    "2026-05_sign_trick/e1054fd6.txt": (1480, 1480, 3.2785, 84514, 57.10, 30879),
+    "2026-05_sign_trick/ed23ce5d.txt": (1480, 1480, 3.2801, 84471, 57.08, 30879),
+    "2026-05_sign_trick/f428d9a9.txt": (1480, 1480, 3.2803, 84433, 57.05, 30868),
+}
+
+
+@needs_public_logs
+def test_show_gives_what_the_last_lines_of_public_logs_say():
+    rows = show(*(PUBLIC_LOGS / name for name in PUBLIC))
+    keys = ["file", "final_step", "total_steps", "val_loss", "train_time_ms", "step_avg_ms", "peak_memory_mib"]
+    expected = [dict(zip(keys, (str(PUBLIC_LOGS / name), *row), strict=True)) for name, row in PUBLIC.items()]
+    assert rows == expected
+    assert sorted(PUBLIC) == sorted(
+        str(path.relative_to(PUBLIC_LOGS)) for path in PUBLIC_LOGS.rglob("*.*") if path.is_file()
+    )
+
+
+@needs_public_logs
+def test_stats_of_the_sign_trick_are_what_its_authors_published():
+    out = logbook("stats", *sorted(SIGN_TRICK.glob("*.txt"))).stdout
+    assert "n = 20\n" in out
+    assert "mean 3.27917, standard deviation 0.00115" in out
+    assert "p = 0.0024 " in out
+    assert "84,429.5 ms ± 71.6" in out
+    assert out.splitlines()[-1] == "significant (p < 0.01)"
+
+
+@needs_public_logs
+def test_a_picture_of_public_logs_names_axes_units_target_and_groups(tmp_path):
+    picture = tmp_path / "runs.svg"
+    others = [PUBLIC_LOGS / "2025-09_fa3.txt", PUBLIC_LOGS / "2024-06_adamw.log"]
+    logbook("plot", *SIGN_TRICK.glob("*.txt"), *others, "--out", picture)
+    text = re.sub(r"<!--.*?-->", "", picture.read_text(encoding="utf-8"))
+    for words in (
+        ">Training steps<",
+        ">Training time (s)<",
+        ">Validation loss (nats per token)<",
+        ">target 3.28<",
+        ">2026-05_sign_trick (20 runs)<",
+        ">2025-09_fa3<",
+        ">2024-06_adamw<",
+    ):
+        assert words in text, words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a log may look like
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_show_reads_a_log_of_ours(tmp_path):
+    path = write(tmp_path / "a.txt", our_log())
+    assert show(path) == [
+        {
+            "file": str(path),
+            "final_step": 100,
+            "total_steps": 100,
+            "val_loss": 2.1034,
+            "train_time_ms": 5001,
+            "step_avg_ms": 50.01,
+            "peak_memory_mib": 812,
+        }
+    ]
+    row = logbook("show", path).stdout.splitlines()[1]
+    assert re.split(r"  +", row) == [
+        str(path), "100/100", "2.1034", "5,001 ms", "50.01 ms", "812 MiB", "AMD EPYC, 2 cores", "01234567 dirty",
+    ]  # fmt: skip
+
+
+def test_markdown_is_a_table(tmp_path):
+    lines = logbook("show", "--markdown", write(tmp_path / "a|b.txt", our_log())).stdout.splitlines()
+    assert lines[0].startswith("| log | steps | loss |")
+    assert re.fullmatch(r"\|( -+:? \|)+", lines[1])
+    assert r"a\|b.txt | 100/100 | 2.1034 |" in lines[2]
+
+
+FAKE_LINES = (
+    "step:250/1390 val_loss:1.0000 train_time:1ms step_avg:1.00ms\n"
+    "step:{step}/{total} val_loss:{val_loss:.4f} train_time:{ms:.0f}ms\n"
+    "s:5 tel:1.0\nhardware: a toaster\ngit: deadbeef\npeak memory allocated: 1 MiB\n"
+    "step:1390/1390 val_loss:oops train_time:1ms step_avg:1.00ms\n"
+)
+
+
+def test_lines_in_the_source_that_look_like_a_logs_are_not_read(tmp_path):
+    fake_end = f"{RULE}\nsource: 12 bytes, sha256 {'0' * 64}\n"
+    source = f'"""\n{FAKE_LINES}{fake_end}{FAKE_LINES}{RULE}\n{FAKE_LINES}"""\nprint(1)\n'.encode()
+    done = logbook("show", write(tmp_path / "a.txt", our_log(source)))
+    assert len(done.stdout.splitlines()) == 2 and "AMD EPYC" in done.stdout and "2.1034" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("quoted", [0, 5, None], ids=["nothing", "five bytes", "all before it"])
+def test_a_source_may_quote_the_true_end_of_a_shorter_source(tmp_path, quoted):
+    before = b'"""\nabcd\n'
+    inner = before if quoted is None else before[len(before) - quoted :]
+    source = before + header(inner) + FAKE_LINES.encode() + b'"""\nprint(2)\n'
+    log = write(tmp_path / "a.txt", our_log(source))
+    assert [row["val_loss"] for row in show(log)] == [2.1034]
+    logbook("extract", log, "--out", tmp_path / "train.py")
+    assert (tmp_path / "train.py").read_bytes() == source
+
+
+def test_training_lines_before_the_first_rule_of_a_public_log_are_source(tmp_path):
+    text = f"import torch\n{FAKE_LINES}{RULE}\nRunning Python 3.12.7\n{RULE}\n{val(100, 100, 3.1, 5000)}"
+    done = logbook("show", "--json", write(tmp_path / "a.txt", text))
+    assert [row["val_loss"] for row in json.loads(done.stdout)] == [3.1]
+    assert "taken for source text" in done.stderr
+
+
+def test_cards_of_a_public_log_come_from_its_nvidia_smi_table(tmp_path):
+    cards = "".join(
+        f"|   {i}  NVIDIA H100 80GB HBM3          On  | 00000000:{i}1:00.0 Off |                    0 |\n"
+        f"| N/A   34C    P0            116W /  700W |       3MiB /  81559MiB |      0%      Default |\n"
+        for i in range(8)
+    )
+    text = f"import torch\n{RULE}\nRunning Python 3.12.7\n{cards}{RULE}\n{val(100, 100, 3.1, 5000)}"
+    assert "8 x NVIDIA H100 80GB HBM3" in logbook("show", write(tmp_path / "a.txt", text)).stdout
+
+
+def test_windows_line_ends_are_line_ends(tmp_path):
+    source = b"import sys\n\nprint(sys.version)\n"
+    log = write(tmp_path / "a.txt", our_log(source).replace(b"\n", b"\r\n"))
+    done = logbook("show", "--json", log)
+    (row,) = json.loads(done.stdout)
+    assert (row["final_step"], row["val_loss"], row["peak_memory_mib"], done.stderr) == (100, 2.1034, 812, "")
+    logbook("extract", log, "--out", tmp_path / "train.py")
+    assert (tmp_path / "train.py").read_bytes() == source
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    assert show(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + val(5, 5, 3.5, 10).encode()))[0]["val_loss"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "ms", "average"),
+    [
+        ("train_time:85.2s step_avg:0.0163s", 85200, 16.3),
+        ("train_time:16.1s", 16100, None),
+        ("train_time:85.2 s step_avg:57 ms", 85200, 57),
+        ("train_time:285ms step_avg:nanms", 285, None),
+        ("train_time:285 ms step_avg:nan ms", 285, None),
+        ("lr:0.5 train_time:0ms tok/s:5 step_avg:0.03ms norm:2.1", 0, 0.03),
+        ("", None, None),
+    ],
+)
+def test_times_may_be_seconds_or_not_a_number_or_missing(tmp_path, fields, ms, average):
+    (row,) = show(write(tmp_path / "a.txt", f"step:7/7 val_loss:3.5 {fields}\n"))
+    assert (row["val_loss"], row["train_time_ms"], row["step_avg_ms"]) == (3.5, ms, average)
+
+
+@pytest.mark.parametrize(
+    ("line", "mib"),
+    [
+        ("peak memory consumption: 31563 MiB", 31563),
+        ("peak memory allocated: 30868 MiB reserved: 45200 MiB", 30868),
+        ("peak memory: 2.5 GiB", 2560),
+    ],
+)
+def test_peak_memory_is_read_in_its_spellings(tmp_path, line, mib):
+    assert show(write(tmp_path / "a.txt", val(5, 5, 3.5, 10) + line + "\n"))[0]["peak_memory_mib"] == mib
+
+
+def test_runs_in_one_file_are_a_row_each(tmp_path):
+    first = val(0, 100, 10.8, 0) + train(90, 100, 3.0, 4000) + val(100, 100, 3.31, 5000)
+    second = val(0, 100, 10.8, 0) + train(40, 100, 4.0, 2000)  # killed
+    third = val(0, 200, 10.8, 0) + val(200, 200, 3.29, 9000) + "peak memory allocated: 7 MiB reserved: 9 MiB\n"
+    path = write(tmp_path / "a.txt", first + second + third)
+    rows = [(row["final_step"], row["total_steps"], row["val_loss"], row["train_time_ms"]) for row in show(path)]
+    assert rows == [(100, 100, 3.31, 5000), (40, 100, 10.8, 2000), (200, 200, 3.29, 9000)]
+    assert [row["peak_memory_mib"] for row in show(path)] == [None, None, 7]
+    assert "a.txt run 2 " in logbook("show", path).stdout
+
+
+def test_logs_put_together_are_runs_of_their_own(tmp_path):
+    stopped = our_log(b"a = 1\n" + FAKE_LINES.encode(), val(0, 100, 5.5, 0) + val(50, 100, 3.5, 2500))
+    resumed = our_log(b"b = 2\n" + FAKE_LINES.encode(), val(100, 100, 2.5, 5000), hardware="2 x NVIDIA B200")
+    path = write(tmp_path / "a.txt", stopped + resumed)
+    assert [(row["final_step"], row["val_loss"]) for row in show(path)] == [(50, 3.5), (100, 2.5)]
+    rows = logbook("show", path).stdout.splitlines()
+    assert "AMD EPYC" in rows[1] and "2 x NVIDIA B200" in rows[2]
+    assert "several scripts" in mistake("extract", path, "--out", tmp_path / "train.py")
+
+
+def test_a_training_loss_that_comes_late_does_not_begin_another_run(tmp_path):
+    lines = train(240, 500, 4.1, 12_000) + val(250, 500, 4.0, 12_500) + train(248, 500, 4.1, 12_400)
+    lines += train(496, 500, 3.3, 24_800) + val(500, 500, 3.2, 25_000) + train(498, 500, 3.3, 24_900)
+    (row,) = show(write(tmp_path / "a.txt", lines))
+    assert (row["final_step"], row["val_loss"], row["train_time_ms"]) == (500, 3.2, 25_000)
+
+
+def test_a_killed_run_shows_its_last_step_and_its_last_validation(tmp_path):
+    path = write(tmp_path / "a.txt", val(250, 1000, 4.2, 12_500) + train(251, 1000, 4.1, 12_550) + "stopped: SIGTERM\n")
+    (row,) = show(path)
+    assert (row["final_step"], row["val_loss"], row["train_time_ms"]) == (251, 4.2, 12_550)
+    assert "4.2000 at 250" in logbook("show", path).stdout
+
+
+def test_a_number_that_the_end_of_the_file_may_have_cut_is_not_read(tmp_path):
+    done = logbook("show", "--json", write(tmp_path / "a.txt", "s:128 tel:6.034447\ns:256 tel:5.2"))
+    assert [row["val_loss"] for row in json.loads(done.stdout)] == [6.034447]
+    assert "may be cut short" in done.stderr
+    whole = write(tmp_path / "b.txt", val(5, 5, 3.5, 10).rstrip())
+    assert logbook("show", whole).stderr == ""
+
+
+def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_read(tmp_path):
+    lines = "hello\n" + val(250, 500, "4.0x", 12_500) + val(500, 500, 3.2, 25_000)
+    bad, good = write(tmp_path / "bad.txt", lines), write(tmp_path / "good.txt", our_log())
+    done = logbook("show", "--json", bad, good, status=2)
+    assert [row["val_loss"] for row in json.loads(done.stdout)] == [3.2, 2.1034]
+    assert done.stderr == f"logbook: {bad}: line 2: cannot read 'val_loss:4.0x'\n"
+
+
+@pytest.mark.parametrize("fields", ["val_loss:3.5 train_time:85", "val_loss:3.5ms", "val_loss:", "val_loss:3,5"])
+def test_a_number_without_its_unit_or_with_another_is_not_guessed(tmp_path, fields):
+    assert "line 1: cannot read" in logbook(
+        "show", write(tmp_path / "a.txt", f"step:7/7 {fields}\n"), status=2
+    ).stderr  # fmt: skip
+
+
+def test_files_without_a_run_are_named_with_the_reason_and_the_rest_is_read(tmp_path):
+    files = {
+        "none.txt": "nothing of interest\n",
+        "crashed.txt": b"print(1)\n" + header(b"print(1)\n"),
+        "empty.txt": "",
+        "wide.txt": val(5, 5, 3.5, 10).encode("utf-16"),
+    }
+    good = write(tmp_path / "good.txt", our_log())
+    paths = [write(tmp_path / name, text) for name, text in files.items()]
+    done = logbook("show", "--json", *paths, tmp_path / "missing.txt", tmp_path, good, status=2)
+    assert [row["file"] for row in json.loads(done.stdout)] == [str(good)]
+    reasons = ["no training lines", "no training lines", "is empty", "is UTF-16 text; convert it to UTF-8"]
+    reasons = [f"logbook: {path}: {reason}" for path, reason in zip(paths, reasons, strict=True)]
+    reasons += [
+        f"logbook: {tmp_path / 'missing.txt'}: No such file or directory",
+        f"logbook: {tmp_path}: is not a file",
+    ]
+    assert done.stderr.splitlines() == reasons
+
+
+def test_a_loss_that_is_not_a_number_is_null_in_json(tmp_path):
+    path = write(tmp_path / "a.txt", val(0, 10, 5.5, 0) + val(10, 10, "nan", 500))
+    assert show(path)[0]["val_loss"] is None
+    assert "its last validation loss is nan" in logbook("stats", path, status=2).stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOSSES = [3.2781, 3.2769, 3.2795, 3.2802, 3.2774, 3.2788, 3.2779, 3.2791]
+TIMES = [80_120, 80_310, 79_980, 80_050, 80_200, 80_090, 80_150, 80_010]
+
+
+def test_stats_agree_with_scipys_t_test(tmp_path):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    answer = json.loads(logbook("stats", "--json", *sample(tmp_path, LOSSES, TIMES)).stdout)
+    assert answer["p"] == pytest.approx(scipy_stats.ttest_1samp(LOSSES, 3.28, alternative="less").pvalue, rel=1e-6)
+    for key, values in (("loss", LOSSES), ("time_ms", TIMES)):
+        mean = sum(values) / 8
+        sd = (sum((value - mean) ** 2 for value in values) / 7) ** 0.5
+        assert answer[key] == pytest.approx({"n": 8, "mean": mean, "sd": sd, "min": min(values), "max": max(values)})
+    assert (answer["n"], answer["target"], answer["significant"], answer["more_runs"]) == (8, 3.28, True, 0)
+
+
+def test_stats_say_how_many_more_runs_would_make_it_significant(tmp_path):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    losses = [3.2790, 3.2812, 3.2781, 3.2805, 3.2795]
+    mean, sd = statistics.mean(losses), statistics.stdev(losses)
+    n = next(n for n in range(5, 10_000) if scipy_stats.t.cdf((mean - 3.28) * n**0.5 / sd, n - 1) < 0.01)
+    runs = sample(tmp_path, losses)
+    assert f"not significant; more runs needed: {n - 5} if" in logbook("stats", *runs, status=1).stdout
+    assert json.loads(logbook("stats", "--json", *runs, status=1).stdout)["more_runs"] == n - 5
+
+
+def test_no_number_of_runs_helps_a_mean_above_the_target(tmp_path):
+    runs = sample(tmp_path, LOSSES)
+    assert "more runs needed: never" in logbook("stats", "--target", "3.27", *runs, status=1).stdout
+
+
+def test_runs_without_a_spread_prove_nothing(tmp_path):
+    assert "a single run has no spread" in logbook("stats", *sample(tmp_path / "a", [3.0]), status=1).stdout
+    assert "these runs have no spread" in logbook("stats", *sample(tmp_path / "b", [3.0, 3.0]), status=1).stdout
+
+
+def test_a_run_that_did_not_finish_is_left_out_by_name(tmp_path):
+    runs = sample(tmp_path, LOSSES)
+    killed = write(tmp_path / "killed.txt", val(500, 1000, 3.0, 40_000) + train(700, 1000, 2.9, 56_000))
+    done = logbook("stats", *runs, killed, status=2)
+    assert "n = 8\n" in done.stdout
+    assert done.stderr == f"logbook: {killed}: left out: stops at step 700 of 1000, last validated at step 500\n"
+
+
+def test_a_log_that_is_named_twice_counts_once(tmp_path):
+    runs = sample(tmp_path, LOSSES)
+    done = logbook("stats", *runs, runs[0])
+    assert "n = 8\n" in done.stdout and "named twice" in done.stderr
+
+
+def test_compare_agrees_with_welchs_t_test(tmp_path):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    others, other_times = [3.2801, 3.2825, 3.2790, 3.2815], [81_000, 81_500, 80_700, 80_900]
+    a, b = sample(tmp_path / "a", LOSSES, TIMES), sample(tmp_path / "b", others, other_times)
+    answer = json.loads(logbook("compare", "--json", *a, "--vs", *b).stdout)
+    for key, left, right in (("loss", LOSSES, others), ("time_ms", TIMES, other_times)):
+        test = scipy_stats.ttest_ind(left, right, equal_var=False)
+        interval = test.confidence_interval(0.95)
+        assert answer[key]["difference"] == pytest.approx(sum(left) / 8 - sum(right) / 4)
+        assert answer[key]["p"] == pytest.approx(test.pvalue, rel=1e-6)
+        assert answer[key]["ci95"] == pytest.approx([interval.low, interval.high], rel=1e-6)
+    assert re.search(r"^loss +8 +4 +3\.27849 +3\.28078 +-0\.00229 ", logbook("compare", *a, "--vs", *b).stdout, re.M)
+
+
+def test_compare_gives_no_interval_for_a_single_run(tmp_path):
+    a, b = sample(tmp_path / "a", LOSSES), sample(tmp_path / "b", [3.29])
+    answer = json.loads(logbook("compare", "--json", *a, "--vs", *b).stdout)
+    assert answer["loss"]["difference"] == pytest.approx(sum(LOSSES) / 8 - 3.29)
+    assert answer["loss"]["p"] is None
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib"])
+def test_a_missing_package_is_one_line_and_show_does_without(tmp_path, package):
+    write(tmp_path / "missing" / f"{package}.py", "raise ImportError")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "missing")}
+    runs = sample(tmp_path, LOSSES)
+    command = {"scipy": ["stats", *runs], "matplotlib": ["plot", *runs, "--out", tmp_path / "a.png"]}[package]
+    line = mistake(*command, env=env)
+    assert line == f"logbook: this needs {package}: pip install -r records/requirements.txt"
+    logbook("show", *runs, env=env)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plot
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_plot_draws_groups_runs_that_stopped_and_logs_without_times(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = sample(tmp_path / "mine_$2", LOSSES)
+    killed = write(tmp_path / "mine_$2" / "_killed.txt", val(0, 1000, 10.8, 0) + val(500, 1000, 4.4, 40_000))
+    old = write(tmp_path / "old.log", "s:0 tel:10.9\ns:9000 tel:3.4\ns:18000 tel:3.27\n")
+    picture = tmp_path / "runs.svg"
+    assert logbook("plot", *runs, killed, "--group", "An old one", old, "--out", picture).stderr == ""
+    text = picture.read_text(encoding="utf-8")
+    for words in (">mine_$2 (8 runs)<", ">killed<", ">An old one<", ">Training time (s)<"):
+        assert words in text, words
+
+
+def test_plot_writes_a_png_of_a_size_to_publish(tmp_path):
+    pytest.importorskip("matplotlib")
+    logbook("plot", *sample(tmp_path, LOSSES), "--out", tmp_path / "runs.png")
+    content = (tmp_path / "runs.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert int.from_bytes(content[16:20], "big") >= 2000  # pixels across
+
+
+def test_a_plot_that_fails_leaves_the_picture_as_it_was(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = write(tmp_path / "runs.png", "the old picture")
+    logbook("plot", write(tmp_path / "a.txt", val(0, 10, 5.5, 0)), "--out", picture, status=2)
+    assert "must end in .png" in mistake("plot", picture, "--out", tmp_path / "runs.doc")
+    assert "No such file" in mistake("plot", *sample(tmp_path, [3.1]), "--out", tmp_path / "no" / "runs.png")
+    assert "is not a file" in mistake(
+        "plot", *sample(tmp_path, [3.1]), "--out", write(tmp_path / "d.png" / "x", "").parent
+    )
+    assert picture.read_text() == "the old picture"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00.txt", "a.txt", "d.png", "runs.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# extract
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"print('hello')\n",
+        b"print('no line end')",
+        b"",
+        b"# \xff\xfe not UTF-8\r\nmixed\nline ends\r\n\n\n",
+        f"{RULE}\n{RULE}\nsource: 0 bytes, sha256 {'0' * 64}\n{RULE}".encode(),
+    ],
+)
+def test_extract_gives_back_the_script_byte_for_byte(tmp_path, source):
+    out = tmp_path / "train.py"
+    done = logbook("extract", write(tmp_path / "a.txt", our_log(source)), "--out", out)
+    assert out.read_bytes() == source
+    assert "checksum matches" in done.stdout and done.stderr == ""
+
+
+def test_the_extracted_script_runs(tmp_path):
+    source = (ROOT / "records" / "logbook.py").read_bytes()
+    logbook("extract", write(tmp_path / "a.txt", our_log(source)), "--out", tmp_path / "again.py")
+    assert "usage: again.py" in logbook("--help", script=tmp_path / "again.py").stdout
+
+
+@pytest.mark.parametrize("damage", [(b"hello", b"hellx"), (b"hello", b"hello there"), (b"source: ", b"source: 1")])
+def test_extract_refuses_a_source_that_does_not_match_its_checksum(tmp_path, damage):
+    log = write(tmp_path / "a.txt", our_log().replace(*damage))
+    assert "does not match its checksum" in mistake("extract", log, "--out", tmp_path / "train.py")
+    assert not (tmp_path / "train.py").exists()
+    done = logbook("show", "--json", log)
+    assert "does not match its checksum" in done.stderr and json.loads(done.stdout)[0]["val_loss"] == 2.1034
+
+
+def test_extract_says_that_nothing_vouches_for_a_public_logs_script(tmp_path):
+    log = write(
+        tmp_path / "a.txt", f"import torch\nprint(1)\n{RULE}\nRunning Python 3.12\n{RULE}\n{val(5, 5, 3.5, 10)}"
+    )
+    done = logbook("extract", log, "--out", tmp_path / "train.py")
+    assert (tmp_path / "train.py").read_text() == "import torch\nprint(1)\n"
+    assert "no checksum vouches" in done.stderr
+
+
+def test_extract_finds_no_script_where_there_is_none(tmp_path):
+    for text in (val(5, 5, 3.5, 10), f"{RULE}\nRunning Python 3.12\n", f"Running Python 3.12\n{RULE}\n"):
+        assert "holds no script" in mistake("extract", write(tmp_path / "a.txt", text), "--out", tmp_path / "train.py")
+
+
+def test_extract_does_not_overwrite_another_file(tmp_path):
+    log, out = write(tmp_path / "a.txt", our_log()), write(tmp_path / "train.py", "hours of work")
+    assert "is left as it is" in mistake("extract", log, "--out", out)
+    assert out.read_text() == "hours of work"
+    out.unlink()
+    logbook("extract", log, "--out", out)
+    logbook("extract", log, "--out", out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# leaderboard
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A records folder of our own with two records, and the logbook that works on it."""
+    folder = tmp_path / "records"
+    write(
+        folder / "README.md",
+        "# Records\n\nBefore.\n\n<!-- leaderboard: fast, target 3.28 -->\nold\n<!-- end of table -->\n\nAfter.\n"
+        "<!-- leaderboard: slow, target 3 -->\n<!-- end of table -->\n",
+    )
+    for name, title, losses in (("2026-06-02_b", "B | b", LOSSES), ("2026-05_a", "A", [3.2801, 3.2803])):
+        record = folder / "fast" / name
+        write(record / "README.md", f"# {title}\n\nWhat changed: much.\n\nContributors: @me\n")
+        sample(record, losses, [80_000] * len(losses))
+    shutil.copy(LOGBOOK, folder)
+    return folder
+
+
+def test_leaderboard_writes_the_tables_between_the_markers(records):
+    pytest.importorskip("scipy")
+    script = records / "logbook.py"
+    logbook("leaderboard", "--check", status=1, script=script)
+    logbook("leaderboard", script=script)
+    lines = (records / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines[:5] == ["# Records", "", "Before.", "", "<!-- leaderboard: fast, target 3.28 -->"]
+    assert lines[7:9] == [
+        "| 1 | 2026-05 | [A](fast/2026-05_a/) | 3.2802 ± 0.0001 | 2 | 80.00 s | 0.8524 | @me |",
+        "| 2 | 2026-06-02 | [B \\| b](fast/2026-06-02_b/) | 3.2785 ± 0.0011 | 8 | 80.00 s | 0.0031 | @me |",
+    ]
+    assert lines[9:] == ["<!-- end of table -->", "", "After.", "<!-- leaderboard: slow, target 3 -->",
+                         "No records yet.", "<!-- end of table -->"]  # fmt: skip
+
+
+def test_leaderboard_run_again_changes_nothing(records):
+    pytest.importorskip("scipy")
+    script = records / "logbook.py"
+    logbook("leaderboard", script=script)
+    before = (records / "README.md").read_bytes()
+    logbook("leaderboard", "--check", script=script)
+    logbook("leaderboard", script=script)
+    assert (records / "README.md").read_bytes() == before
+
+
+def test_leaderboard_leaves_the_readme_as_it_is_where_a_record_is_not_in_order(records):
+    pytest.importorskip("scipy")
+    script, before = records / "logbook.py", (records / "README.md").read_bytes()
+    killed = write(records / "fast" / "2026-05_a" / "killed.txt", val(500, 1000, 3.0, 40_000))
+    assert "killed.txt: left out: stops at step 500" in logbook("leaderboard", status=2, script=script).stderr
+    killed.unlink()
+    write(records / "unknown" / "2026-05-01_c" / "README.md", "# C\n")
+    assert "no table for it" in mistake("leaderboard", script=script)
+    shutil.rmtree(records / "unknown")
+    (records / "fast" / "2026-05_a" / "README.md").unlink()
+    assert "No such file" in mistake("leaderboard", script=script)
+    write(records / "fast" / "2026-05_a" / "README.md", "no title")
+    assert "no heading" in mistake("leaderboard", script=script)
+    (records / "fast" / "2026-05_a").rename(records / "fast" / "a")
+    assert "<date>_<name>" in mistake("leaderboard", script=script)
+    assert (records / "README.md").read_bytes() == before
+
+
+def test_the_tables_of_this_repository_are_up_to_date():
+    pytest.importorskip("scipy")
+    logbook("leaderboard", "--check")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line, and files that are no logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["shwo", "a.txt"],
+        ["show"],
+        ["show", "missing.txt"],
+        ["show", "--json", "--markdown", "a.txt"],
+        ["stats", "--target", "low", "a.txt"],
+        ["stats", "--target", "-1", "a.txt"],
+        ["compare", "a.txt"],
+        ["plot", "--out", "a.png"],
+        ["plot", "--group", "name", "--out", "a.png"],
+        ["extract", "missing.txt", "--out", "a.py"],
+    ],
+)
+def test_a_mistake_in_the_command_is_answered_in_one_line(args):
+    if args[:1] == ["plot"]:
+        pytest.importorskip("matplotlib")
+    assert mistake(*args).startswith("logbook: ")
+
+
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(done.returncode, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024), used.ru_utime + used.ru_stime)
+print(done.stderr[-2000:])
+"""
+
+
+def measured(*args, status):
+    """Runs a command that must take little memory and time; a process between keeps this one's size out of it."""
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", MEASURE, sys.executable, LOGBOOK, *args]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Traceback" not in out, out
+    code, memory, seconds = out.splitlines()[0].split()
+    assert int(code) == status, out
+    assert int(memory) < 200e6, f"{int(memory) / 1e6:.0f} MB"
+    assert float(seconds) < 15, f"{seconds} s"
+
+
+def big(path, piece, start=b""):
+    """A file of 100 MB: `start`, and then `piece` again and again."""
+    with open(path, "wb") as file:
+        file.write(start)
+        for _ in range(100_000_000 // len(piece)):
+            file.write(piece)
+    return path
+
+
+def test_random_bytes_are_no_log(tmp_path):
+    rng = random.Random(0)
+    path = write(tmp_path / "a.txt", b"".join(rng.randbytes(rng.randrange(300)) + b"\n" for _ in range(10_000)))
+    for command in (
+        ["show"],
+        ["stats"],
+        ["plot", "--out", tmp_path / "a.png"],
+        ["extract", "--out", tmp_path / "a.py"],
+    ):
+        measured(*command, path, status=2)
+
+
+def test_a_log_with_random_bytes_in_its_lines_is_read_around_them(tmp_path):
+    rng = random.Random(1)
+    log = our_log(lines="".join(val(step, 2000, 4.5, 50 * step) for step in range(2001))).splitlines(keepends=True)
+    for _ in range(500):
+        line = bytearray(log[index := rng.randrange(1, len(log))])
+        line[rng.randrange(len(line))] = rng.randrange(256)
+        log[index] = bytes(line)
+    done = logbook("show", write(tmp_path / "a.txt", b"".join(log)), status=2)
+    assert "cannot read" in done.stderr and "/2000" in done.stdout
+
+
+def test_a_log_of_100_megabytes_is_read_in_seconds_and_little_memory(tmp_path):
+    steps = b"".join(train(step, 200_000, 3.8876, 57 * step).encode() for step in range(1, 16_000))
+    path = big(tmp_path / "a.txt", steps + os.urandom(40_000), start=our_log())
+    measured("show", path, status=0)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [b"x" * 1_000_000, b"step:1/2 val_loss:3" * 50_000, b"\n" * 1_000_000],
+    ids=["one line", "one line like a log's", "empty lines"],
+)
+def test_100_megabytes_without_a_line_of_a_log_are_no_log(tmp_path, piece):
+    measured("show", big(tmp_path / "a.txt", piece), status=2)
+
+
+def test_claims_of_a_source_cost_no_more_than_reading(tmp_path):
+    piece = "".join(f"{RULE}\nsource: 4000000 bytes, sha256 {i:064}\n" for i in range(10_000)).encode()
+    measured("show", big(tmp_path / "a.txt", piece), status=2)

@@ -1,0 +1,1626 @@
+"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, as fast as the hardware allows.
+
+One file holds the whole experiment. `./run.sh` runs it on every GPU it finds, or on the CPU with a small model;
+`python train_gpt.py --help` lists the options. Read it from top to bottom:
+
+    1. Settings      the network's table, the schedule's table, every number
+    2. Numerics      norm, softcapped loss, ReLU^2 MLP, exact bf16 weights, orthogonalization
+    3. Attention     rotary embedding, masks, FlexAttention (CUDA) and banded attention (elsewhere)
+    4. Model         parameters and the forward pass
+    5. Optimizer     NorMuon for the matrices, Adam for the rest, sharded over ranks
+    6. Data          token shards, the plan of batches, prefetching
+    7. Training      processes, log, warm-up, validation, the loop
+    8. Command line  options, --dry-run, main
+
+Numbers in [brackets] name the record of the public leaderboard (modded-nanogpt) that introduced an idea.
+Importing this file has no side effects.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import gc
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
+
+# ======================================================================================================================
+# 1. Settings
+#
+# The experiment is two tables, a row a layer and a row a stage, and the scalars below them. An attempt at a record is
+# mostly an edit here. Every scalar can also be set from the command line: `--seed 7`, `--muon-lr 0.02`.
+# ======================================================================================================================
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of the network's table: what a layer has besides its MLP."""
+
+    attention: str = "plain"  # "plain", or "none": the layer is an MLP only
+    window: str = "short"  # which of the stage's two windows its attention has
+    value_embed: int | None = None  # the value-embedding table that is mixed into v [14]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the schedule's table."""
+
+    steps: int
+    batch_tokens: int
+    max_seq_len: int  # documents are cut to this many tokens
+    windows: tuple[int, int]  # short and long attention window, tokens
+    lr: float  # multiplies every learning rate
+    tied: bool = False  # embed is the transpose of lm_head [51]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: tuple[Layer, ...]
+    vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)")
+    bos_id: int = setting(50256, "the token that begins every document")
+    dim: int = setting(768, "width of the stream")
+    heads: int = setting(6, "attention heads")
+    attention_scale: float = setting(0.1, "factor of the attention logits")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return math.ceil(self.vocab_size / 128) * 128
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.attention != "none")
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.value_embed is not None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    preset: str
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    extension: Stage  # more steps at the final learning rate
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "pattern of the training shards")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "pattern of the validation shards")
+    val_tokens: int = setting(10_485_760, "tokens to validate on, from the start of the stream")
+    val_seq_len: int = setting(262_144, "tokens of one validation sequence")
+    val_every: int = setting(250, "steps between validations (there is always one at the end)")
+    val_short_window: int = setting(768, "short window of the final validation [33, 35]")
+    val_long_window: int = setting(2560, "long window of the final validation [33, 35]")
+    steps: int | None = setting(None, "steps in all; the stages shrink or grow in proportion")
+    epochs: int = setting(1, "times to go over the training shards")
+    slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory")
+    seed: int = setting(1, "seed of the initial weights")
+    dtype: str = setting("auto", "auto, bfloat16 or float32 (auto: bfloat16 where the hardware has it)")
+    compile: bool = setting(True, "compile with torch.compile")
+    muon_lr: float = setting(0.023, "learning rate of NorMuon")
+    muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
+    muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares")
+    momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
+    momentum_warmup: int = setting(300, "steps over which the momentum rises")
+    momentum_cooldown: int = setting(50, "last steps, over which the momentum falls")
+    adam_lr: float = setting(0.008, "learning rate of Adam")
+    adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
+    cooldown: float = setting(0.6, "last part of the stages' steps, in which the learning rate falls")
+    final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
+    run_id: str = setting("", "name of the log (default: made from the date)")
+
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        return (*self.stages, self.extension)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.all_stages)
+
+    @property
+    def scheduled_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        for stage in self.all_stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.extension
+
+
+PRESETS = {
+    "record": Settings(
+        preset="record",
+        model=ModelConfig(
+            layers=(
+                Layer(),
+                Layer(value_embed=0),
+                Layer(value_embed=1),
+                Layer(window="long"),
+                Layer(),
+                Layer(),
+                Layer(attention="none"),
+                Layer(),
+                Layer(value_embed=2),
+                Layer(value_embed=3),
+                Layer(window="long", value_embed=4),
+            ),
+        ),
+        stages=(
+            Stage(460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0, tied=True),
+            Stage(460, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52, tied=True),
+            Stage(460, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73),
+        ),
+        extension=Stage(10, batch_tokens=393_216, max_seq_len=2048, windows=(768, 1664), lr=1.73),
+    ),
+    "tiny": Settings(
+        preset="tiny",
+        model=ModelConfig(
+            layers=(
+                Layer(value_embed=0),
+                Layer(window="long"),
+                Layer(value_embed=1),
+                Layer(window="long", value_embed=2),
+            ),
+            vocab_size=257,
+            bos_id=256,
+            dim=256,
+            heads=4,
+        ),
+        stages=(
+            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
+            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
+            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+        ),
+        extension=Stage(10, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+        train_files="data/sympy/sympy_train_*.bin",
+        val_files="data/sympy/sympy_val_*.bin",
+        val_tokens=524_288,
+        val_seq_len=16_384,
+        val_every=120,
+        val_short_window=64,
+        val_long_window=256,
+        slices=4,
+        momentum_warmup=80,
+        momentum_cooldown=15,
+    ),
+}
+
+# How to get the shards that a preset trains on, for the message that they are missing.
+FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
+
+
+@dataclass(frozen=True)
+class AdamRow:
+    """One row of Adam's table: the parameter's betas and its factors of learning rate and weight decay."""
+
+    betas: tuple[float, float]
+    lr: float
+    wd: float
+    sharded: bool = False  # ranks update a part each; small parameters are updated whole by every rank
+
+
+ADAM_TABLE = {
+    "lm_head": AdamRow((0.5, 0.95), 1, 150, sharded=True),
+    "embed": AdamRow((0.5, 0.95), 1, 150, sharded=True),
+    "value_embeds": AdamRow((0.75, 0.95), 75, 5, sharded=True),
+    "resid_lambdas": AdamRow((0.9, 0.95), 5, 0),
+    "post_lambdas": AdamRow((0.9, 0.95), 1, 0),
+    "x0_lambdas": AdamRow((0.9, 0.95), 1, 0),
+    "qkv_lambdas": AdamRow((0.9, 0.99), 5, 0),
+    "out_lambdas": AdamRow((0.9, 0.99), 5, 0),
+    "value_gates": AdamRow((0.9, 0.99), 1, 1),
+}
+MUON_BANKS = ("qk_bank", "vo_bank", "mlp_bank")
+
+
+class UserError(Exception):
+    """A mistake of the user's: its text says what is wrong and what to do, and is all that is printed."""
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What the schedule says about one step."""
+
+    stage: Stage
+    lr: float  # factor of both learning rates
+    momentum: float
+    adam: bool  # Adam runs on odd steps, on the gradients of two steps [39]
+
+
+def schedule(settings: Settings, step: int) -> Hyper:
+    """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
+    stage = settings.stage_at(step)
+    constant = settings.scheduled_steps * (1 - settings.cooldown)
+    t = min(max((step - constant) / (settings.scheduled_steps - constant), 0.0), 1.0)
+    warm = min(step / settings.momentum_warmup, 1.0)
+    cool = max((step - (settings.total_steps - settings.momentum_cooldown)) / settings.momentum_cooldown, 0.0)
+    return Hyper(
+        stage=stage,
+        lr=(1 - t) * stage.lr + t * settings.final_lr,
+        momentum=settings.momentum - 0.1 * (1 - warm) - 0.1 * cool,
+        adam=step % 2 == 1,
+    )
+
+
+def with_steps(settings: Settings, steps: int) -> Settings:
+    """`settings` with its stages, and the momentum's, shrunk or grown in proportion to `steps` in all."""
+    if steps < len(settings.all_stages):
+        raise UserError(f"--steps {steps}: a run has at least one step a stage, {len(settings.all_stages)} in all")
+    factor = steps / settings.total_steps
+    ends = np.cumsum([stage.steps for stage in settings.all_stages]) * factor
+    # The stages still to come keep a step each, which a short extension would otherwise lose.
+    ends = [min(round(end), steps - (len(ends) - 1 - i)) for i, end in enumerate(ends)]
+    lengths = np.diff([0, *ends])
+    stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, lengths)]
+    return replace(
+        settings,
+        steps=steps,
+        stages=tuple(stages[:-1]),
+        extension=stages[-1],
+        momentum_warmup=max(round(settings.momentum_warmup * factor), 1),
+        momentum_cooldown=max(round(settings.momentum_cooldown * factor), 1),
+    )
+
+
+# ======================================================================================================================
+# 2. Numerics
+#
+# The few functions in which rounding is a decision: the norm, the loss, the weights that are more exact than bf16, and
+# the polynomial that orthogonalizes. What is marked `region` is compiled, by itself on the CPU, where one compilation
+# then serves all layers, and as a part of the whole model on CUDA.
+# ======================================================================================================================
+
+NORM_EPS = 2**-23
+region = torch.compile(dynamic=False)
+
+
+@region
+def norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 2^-23) over the last axis, computed in float32, without a gain."""
+    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS).to(x.dtype)
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """23 * sigmoid((logits + 5) / 7.5), in float32: bounded logits, asymmetric [18, 54]."""
+    return 23 * torch.sigmoid((logits.float() + 5) / 7.5)
+
+
+@region
+def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats (T,) of the normed stream x (T, D) through lm_head (D, V), for targets (T,)."""
+    z = softcap(x @ lm_head)  # (T, V)
+    return z.logsumexp(-1) - z.gather(-1, targets[:, None]).squeeze(-1)
+
+
+@region
+def weighted_sum(factors: tuple[Tensor, ...], terms: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the terms (T, D), each times its factor: how the stream takes up what a layer made."""
+    return sum(factor * term for factor, term in zip(factors, terms))
+
+
+@region
+def mlp_step(x: Tensor, w_in: Tensor, w_out: Tensor, resid: Tensor, post: Tensor) -> Tensor:
+    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), both matrices (4D, D), two factors."""
+    return resid * x + post * (F.relu(norm(x) @ w_in.T).square() @ w_out)
+
+
+def join_float32(top: Tensor, low: Tensor) -> Tensor:
+    """The float32 whose upper half is the bfloat16 `top` and whose lower 16 bits are the uint16 `low` [57]."""
+    return ((top.view(torch.int16).to(torch.int32) << 16) | low.to(torch.int32)).view(torch.float32)
+
+
+def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_float32`: truncated bfloat16 upper half, and the lower 16 bits as uint16."""
+    bits = x.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
+
+
+# Each row is (a, b, c) of one step X <- aX + (bA + cA^2)X with A = XX^T; composed, the five take singular values
+# from the whole of (0.001, 1] close to 1 (Polar Express, arXiv 2505.16932) [38].
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthogonal factor of each matrix of u (n, rows, cols), roughly: U V^T of its SVD. Computed in `dtype`."""
+    x = (u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
+    wide = x.size(-2) <= x.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT if wide else x.mT @ x
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a) if wide else torch.baddbmm(x, x, poly, beta=a)
+    return x
+
+
+# ======================================================================================================================
+# 3. Attention
+#
+# Causal, within a document, and at most `window` tokens back. CUDA runs FlexAttention over a list of blocks; other
+# devices run a banded attention, exact and linear in T. Both are a mask, made once a sequence, and an `attend`.
+# ======================================================================================================================
+
+BLOCK = 128  # FlexAttention's block of queries and of keys
+
+
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """Half-truncated rotary [17]: d/4 frequencies in radians a token, for the pairs of the first d/2 channels."""
+    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+
+
+def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, 1, d/4) of the angles at positions 0 … length - 1, made in float32."""
+    angles = torch.arange(length, device=frequencies.device, dtype=torch.float32)[:, None, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@region
+def norm_and_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """QK norm of x (T, H, d), then the pairs (2j, 2j + 1) of the first half of its channels turn."""
+    turning, still = norm(x).chunk(2, dim=-1)
+    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1).flatten(-2)
+    return torch.cat((turned, still), dim=-1)
+
+
+def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
+    """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device.
+
+    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full.
+    """
+    length = docs.numel()
+    blocks = math.ceil(length / BLOCK)
+    block = torch.arange(blocks, device=docs.device)
+    first = docs[block * BLOCK]
+    last = docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
+    back = block[:, None] - block  # how many blocks the keys lie behind the queries
+    # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round.
+    near = (back > 0) & (first[:, None] == last) & ((back - 1) * BLOCK + 1 <= window)
+    full = (back > 0) & (last[:, None] == first) & (back * BLOCK + BLOCK - 1 <= window)
+    partial = (near & ~full) | (back == 0)
+
+    def listed(marked: Tensor) -> tuple[Tensor, Tensor]:
+        order = marked.int().argsort(dim=-1, descending=True, stable=True)
+        return marked.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+    def allowed(batch, head, query, key):
+        return (key <= query) & (docs[query] == docs[key]) & (query - key <= window)
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
+    )
+
+
+def banded_mask(docs: Tensor, window: int) -> Tensor:
+    """The allowed pairs as (chunks, 1, C, 2C): queries in chunks of C >= window, keys of that chunk and the one before.
+
+    The last chunk is filled up with positions that see themselves alone.
+    """
+    size = max(min(window, docs.numel()), 1)
+    chunks = math.ceil(docs.numel() / size)
+    docs = F.pad(docs, (size, chunks * size - docs.numel()), value=-1).view(chunks + 1, size)
+    query_docs, key_docs = docs[1:], torch.cat((docs[:-1], docs[1:]), dim=1)
+    back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
+    near = (back >= 0) & (back <= window)
+    same = query_docs[:, :, None] == key_docs[:, None, :]
+    # The chunk before the first is no document, nor is the filling, which therefore needs itself.
+    real = (key_docs >= 0)[:, None, :]
+    return ((near & same & real) | (back == 0))[:, None]
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Attention of q, k, v (T, H, d) under a `banded_mask`.
+
+    Plain products and a softmax: compiled, they take half the time of scaled_dot_product_attention's CPU kernel.
+    """
+    length, heads, dim = q.shape
+    chunks, _, size, _ = mask.shape
+    filling = chunks * size - length
+
+    def band(x: Tensor) -> Tensor:  # (chunks, H, 2C, d)
+        x = F.pad(x, (0, 0, 0, 0, size, filling)).view(chunks + 1, size, heads, dim)
+        return torch.cat((x[:-1], x[1:]), dim=1).transpose(1, 2)
+
+    queries = F.pad(q, (0, 0, 0, 0, 0, filling)).view(chunks, size, heads, dim).transpose(1, 2)
+    logits = (queries @ band(k).mT).float() * scale  # (chunks, H, C, 2C)
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
+    return (weights @ band(v)).transpose(1, 2).reshape(chunks * size, heads, dim)[:length]
+
+
+def make_mask(docs: Tensor, window: Tensor | int) -> BlockMask | Tensor:
+    """The mask for `attend`. On CUDA the window is a tensor, so that a new one is no new graph."""
+    return block_mask(docs, window) if docs.is_cuda else banded_mask(docs, window)
+
+
+@region
+def add_values(v: Tensor, a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
+    """v (T, H, d) plus the gated value-embedding row (T, D); the gate (H, 12) reads six channels of a and of row."""
+    strength = 2 * torch.sigmoid(torch.cat((a[:, :6], row[:, :6]), dim=1) @ gate.T)  # (T, H)
+    return v + strength[:, :, None] * row.view_as(v)
+
+
+@region
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Tensor) -> Tensor:
+    """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d)."""
+    if isinstance(mask, Tensor):
+        return banded_attention(q, k, v, mask, scale)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q * scale.to(q.dtype), k, v))  # (1, H, T, d)
+    return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
+
+
+# ======================================================================================================================
+# 4. Model
+#
+# One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), so that a
+# rank's share of the optimizer is a whole number of matrices. What changes during training comes in as `Context`.
+# ======================================================================================================================
+
+
+class Context(typing.NamedTuple):
+    """What the forward pass needs besides weights and tokens."""
+
+    cos: Tensor
+    sin: Tensor
+    scale: Tensor  # of the attention's logits, 0-d float32
+    windows: tuple[Tensor | int, Tensor | int]  # short, long
+
+
+def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor) -> Context:
+    """The context of sequences of `length` tokens, on the device and in the dtype of `like`."""
+    cos, sin = rotary_tables(rotary_frequencies(config.head_dim).to(like.device), length, like.dtype)
+    scale = torch.tensor(config.attention_scale, device=like.device)
+    if like.is_cuda:
+        windows = tuple(torch.tensor(window, device=like.device) for window in windows)
+    return Context(cos, sin, scale, windows)
+
+
+class GPT(nn.Module):
+    """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1):
+        super().__init__()
+        self.config = config
+        dim, vocab = config.dim, config.padded_vocab
+        layers, attending, gated = len(config.layers), len(config.attention_layers), len(config.value_layers)
+        tables = 1 + max((config.layers[i].value_embed for i in config.value_layers), default=-1)
+
+        def weight(*shape: int, std: float = 0.0) -> nn.Parameter:
+            return nn.Parameter((torch.randn(shape) * std if std else torch.zeros(shape)).to(dtype))
+
+        def scalars(*shape: int, start: float) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, start))
+
+        def bank(matrices: int, *shape: int) -> nn.Parameter:
+            bound = 3**0.5 * 0.5 * dim**-0.5  # a uniform distribution of standard deviation 0.5 / sqrt(D)
+            real = torch.empty(matrices, *shape).uniform_(-bound, bound)
+            return nn.Parameter(F.pad(real, (0, 0, 0, 0, 0, -matrices % shards)).to(dtype))
+
+        self.lm_head = weight(dim, vocab, std=0.005)
+        self.embed = nn.Parameter(self.lm_head.data.T.contiguous())
+        self.value_embeds = weight(tables * vocab, dim, std=0.01)
+        # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, … [80].
+        self.qk_bank = bank(attending * config.heads, 2 * config.head_dim, dim)
+        self.vo_bank = bank(attending * 2, dim, dim)  # per layer V, O
+        self.mlp_bank = bank(layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
+        self.mlp_bank.data[1 : 2 * layers : 2] = 0
+        self.resid_lambdas = scalars(layers, 2, start=1.1**0.5)  # rho: a layer multiplies the stream by 1.1 [45]
+        self.post_lambdas = scalars(layers, 2, start=1.0)  # pi
+        self.x0_lambdas = scalars(layers, start=0.0)
+        self.qkv_lambdas = scalars(attending, start=0.5)
+        self.out_lambdas = scalars(attending, start=1.0)
+        self.value_gates = weight(gated, config.heads, 12)
+
+    def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
+        """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
+        return token_losses(self.stream(inputs, context), self.lm_head, targets).sum()
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
+        """Cross-entropy in nats of each token (T,), float32, the head computed in chunks to bound memory."""
+        chunks = zip(self.stream(inputs, context).split(16_384), targets.split(16_384))
+        return torch.cat([token_losses(x, self.lm_head, y) for x, y in chunks])
+
+    def stream(self, inputs: Tensor, context: Context) -> Tensor:
+        """What the head reads: the normed stream (T, D) after the last layer."""
+        config = self.config
+        docs = (inputs == config.bos_id).cumsum(0)
+        masks = {name: make_mask(docs, window) for name, window in zip(("short", "long"), context.windows)}
+        dtype = self.embed.dtype
+        resid, post, from_x0 = (p.to(dtype) for p in (self.resid_lambdas, self.post_lambdas, self.x0_lambdas))
+        values = self.value_rows(inputs)
+        attention, mlps = self.attention_weights(), self.mlp_bank.unbind()
+
+        x = x0 = norm(F.embedding(inputs, self.embed))
+        for i, layer in enumerate(config.layers):
+            if layer.attention != "none":
+                mix = self.attention(norm(x), layer, next(attention), values.get(i), masks[layer.window], context)
+                x = weighted_sum((resid[i, 0], post[i, 0], from_x0[i]), (x, mix, x0))
+            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], resid[i, 1], post[i, 1])
+        return norm(x)
+
+    def attention_weights(self):
+        """Yields (W_qk (2D, D), W_v, W_o) of each layer with attention, each times its scalar [47]."""
+        heads, dim = self.config.heads, self.config.dim
+        qkv, out = (p.to(self.vo_bank.dtype) for p in (self.qkv_lambdas, self.out_lambdas))
+        qk, vo = self.qk_bank.unbind(), self.vo_bank.unbind()
+        for n in range(len(self.config.attention_layers)):
+            w_qk = torch.cat(qk[n * heads : (n + 1) * heads]).view(2 * dim, dim)
+            yield qkv[n] * w_qk, qkv[n] * vo[2 * n], out[n] * vo[2 * n + 1]
+
+    def value_rows(self, inputs: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer: the value-embedding row (T, D) of each token, and the weight (H, 12) of its gate."""
+        config, layers = self.config, self.config.value_layers
+        if not layers:
+            return {}
+        offsets = torch.arange(self.value_embeds.size(0) // config.padded_vocab, device=inputs.device)
+        rows = F.embedding(inputs + config.padded_vocab * offsets[:, None], self.value_embeds).unbind()
+        return {i: (rows[config.layers[i].value_embed], gate) for i, gate in zip(layers, self.value_gates.unbind())}
+
+    def attention(self, a: Tensor, layer: Layer, weights, value, mask, context: Context) -> Tensor:
+        """The attention of one layer on a (T, D); `value` is its value-embedding rows and gate, or None."""
+        heads, dim = self.config.heads, self.config.head_dim
+        w_qk, w_v, w_o = weights
+        qk = norm_and_rotate((a @ w_qk.T).view(-1, 2 * heads, dim), context.cos, context.sin)
+        q, k = qk.chunk(2, dim=1)  # (T, H, d)
+        v = (a @ w_v.T).view(-1, heads, dim)
+        if value is not None:
+            v = add_values(v, a, *value)
+        return attend(q, k, v, mask, context.scale).reshape(-1, heads * dim) @ w_o.T
+
+
+# ======================================================================================================================
+# 5. Optimizer
+#
+# NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a sharded
+# parameter is reduce-scattered, each rank updates its part, and the parts are gathered; small parameters are
+# all-reduced and updated whole by everyone. With one rank there is no communication at all.
+# ======================================================================================================================
+
+# torch 2.13 renames the two collectives and warns of the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+SMALL = tuple(name for name, row in ADAM_TABLE.items() if not row.sharded)
+# Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
+REDUCE_ORDER = (*SMALL, *MUON_BANKS, "value_embeds", "lm_head", "embed")
+# Updates: small and memory-bound ones first, so that their gathers travel while Muon computes.
+UPDATE_ORDER = (*SMALL, "value_embeds", "lm_head", "embed", *MUON_BANKS)
+
+
+@torch.compile(dynamic=True, fullgraph=True)
+def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bias2) -> None:
+    """One step of Adam with cautious weight decay, in place, on flat tensors (one graph serves them all).
+
+    All from `lr` on are 0-d tensors, lest each learning rate make a graph. `decay` is lr^2 * wd; bias1 and bias2 are 1 - beta^t. The arithmetic is float32 whatever the parameter's dtype is.
+    """
+    grad, value = grad.float(), p.float()
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
+    update = lr * bias2.sqrt() / bias1 * exp_avg / (exp_avg_sq.sqrt() + 1e-10)
+    p.copy_(value - update - decay * value * (update * value > 0))
+
+
+@torch.compile(dynamic=False, fullgraph=True)
+def normuon_update(p, low, grad, buffer, mean_sq, factors, lr, wd, momentum, beta2) -> None:
+    """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43, 57].
+
+    `low` (uint16) holds the mantissa bits that bf16 weights lose, or is None for float32 weights. `buffer` is the
+    float32 momentum, `mean_sq` the running mean squares of rows (n, rows, 1) or columns (n, 1, cols), `factors`
+    (n, 1, 1) each matrix's part of the learning rate. The four numbers are 0-d tensors.
+    """
+    grad = grad.float()
+    buffer.lerp_(grad, 1 - momentum)
+    u = polar_express(torch.lerp(grad, buffer, momentum), p.dtype).float()
+    before = u.norm(dim=(-2, -1), keepdim=True)
+    mean_sq.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
+    u = u * mean_sq.clamp(min=1e-10).rsqrt()
+    u = u * (before / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    value = p if low is None else join_float32(p, low)
+    step = lr * factors
+    value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
+    if low is None:
+        p.copy_(value)
+    else:
+        top, bottom = split_float32(value)
+        p.copy_(top)
+        low.copy_(bottom)
+
+
+class Optimizer:
+    """Both optimizers, their state, and the exchange between ranks, for all parameters of a `GPT`."""
+
+    def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.params = dict(model.named_parameters())
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.updates = dict.fromkeys(ADAM_TABLE, 0)  # Adam's t, each parameter's own
+        self.tied = settings.stages[0].tied
+        for name in UPDATE_ORDER:
+            part = self.part(name)
+            state = {"exp_avg": torch.zeros_like(part, dtype=torch.float32)}
+            if name in MUON_BANKS:
+                rows, cols = part.shape[-2:]
+                shape = (rows, 1) if rows >= cols else (1, cols)
+                state["mean_sq"] = torch.zeros(len(part), *shape, device=part.device)
+                if part.dtype == torch.bfloat16:
+                    state["low"] = torch.zeros_like(part, dtype=torch.uint16)
+            else:
+                state["exp_avg_sq"] = torch.zeros_like(part, dtype=torch.float32)
+            self.state[name] = state
+        # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
+        self.factors = {}
+        for name in MUON_BANKS:
+            count, rows, cols = self.params[name].shape
+            factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5)
+            if name == "mlp_bank":
+                factors[1::2] *= 2
+            self.factors[name] = self.share(factors).to(self.params[name].device)
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor's first axis."""
+        size = len(whole) // self.world_size
+        return whole[self.rank * size : (self.rank + 1) * size]
+
+    def sharded(self, name: str) -> bool:
+        return name in MUON_BANKS or ADAM_TABLE[name].sharded
+
+    def part(self, name: str) -> Tensor:
+        """What this rank updates of a parameter: a view."""
+        return self.share(self.params[name].data) if self.sharded(name) else self.params[name].data
+
+    @torch.no_grad()
+    def step(self, hyper: Hyper) -> None:
+        """Reduces the gradients that this step uses, updates, and clears them."""
+        active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in MUON_BANKS)]
+        if hyper.adam and self.tied:
+            self.params["lm_head"].grad += self.params["embed"].grad.T
+            active.remove("embed")
+        reduced = {name: self.start_reduction(name) for name in active}
+        gathers = []
+        for name in (name for name in UPDATE_ORDER if name in reduced):
+            grad, work = reduced[name]
+            if work:
+                work.wait()
+            self.update(name, grad, hyper)
+            if self.world_size > 1 and self.sharded(name):
+                gathers.append(all_gather(self.params[name].data, self.part(name), async_op=True))
+        for work in gathers:
+            work.wait()
+        for name in active:
+            self.params[name].grad = None
+        if hyper.adam and self.tied:
+            self.params["embed"].grad = None
+            self.params["embed"].copy_(self.params["lm_head"].T)
+            if not hyper.stage.tied:
+                self.untie()
+
+    def start_reduction(self, name: str):
+        """Starts averaging a gradient over ranks; returns this rank's part of it, and what to wait for (or None)."""
+        grad = self.params[name].grad
+        if self.world_size == 1:
+            return grad, None
+        if not self.sharded(name):
+            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        part = torch.empty_like(self.part(name))
+        return part, reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+
+    def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
+        settings, state, part = self.settings, self.state[name], self.part(name)
+        if name in MUON_BANKS:
+            numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
+            tensors = (state.get("low"), grad, state["exp_avg"], state["mean_sq"], self.factors[name])
+            normuon_update(part, *tensors, *map(torch.tensor, numbers))
+        else:
+            row = ADAM_TABLE[name]
+            self.updates[name] += 1
+            lr = settings.adam_lr * hyper.lr * row.lr
+            bias = [1 - beta ** self.updates[name] for beta in row.betas]
+            numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
+            tensors = (part, grad, state["exp_avg"], state["exp_avg_sq"])
+            adam_update(*(tensor.view(-1) for tensor in tensors), *map(torch.tensor, numbers))
+
+    def untie(self) -> None:
+        """From here on `embed` has an Adam of its own, which begins as a transposed copy of the head's [51, 53]."""
+        self.tied = False
+        self.updates["embed"] = self.updates["lm_head"]
+        for key, part in self.state["lm_head"].items():
+            whole = torch.empty_like(self.params["lm_head"], dtype=part.dtype)
+            if self.world_size > 1:
+                all_gather(whole, part)
+            else:
+                whole.copy_(part)
+            self.state["embed"][key].copy_(self.share(whole.T))
+
+
+# ======================================================================================================================
+# 6. Data
+#
+# A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of which batch is planned for the
+# whole run before it starts, from the documents' lengths alone: a plan is a few thousand numbers, the same on every
+# rank, and a run that has too few tokens is told so before the clock starts.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str
+    tokens: np.ndarray  # uint16
+    starts: np.ndarray  # position of every document's BOS
+
+
+def find_shards(pattern: str, preset: str) -> list[str]:
+    """The files of a pattern, in name order."""
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
+    return paths
+
+
+def read_shard(path: str, config: ModelConfig) -> Shard:
+    """Reads and checks a token shard; UserError names the file, what was expected and what was found."""
+    try:
+        with open(path, "rb") as file:
+            header = np.fromfile(file, dtype="<i4", count=256)
+            tokens = np.fromfile(file, dtype="<u2")
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(header) < 256:
+        raise UserError(f"{path}: truncated: {size} bytes, expected a header of 1,024 bytes")
+    if header[0] != 20240520:
+        raise UserError(f"{path}: not a token shard: its magic number is {header[0]}, expected 20240520")
+    if header[1] != 1:
+        raise UserError(f"{path}: shard version {header[1]}, expected 1")
+    expected = 1024 + 2 * int(header[2])
+    if size != expected:
+        what = "truncated" if size < expected else "too long"
+        raise UserError(f"{path}: {what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again")
+    if len(tokens) and tokens.max() >= config.vocab_size:
+        raise UserError(
+            f"{path}: token {tokens.max()} is outside the vocabulary of {config.vocab_size}; "
+            "was it made with another tokenizer?"
+        )
+    starts = np.flatnonzero(tokens == config.bos_id)
+    if not len(starts):
+        raise UserError(f"{path}: no BOS (token {config.bos_id}); every document must start with BOS")
+    return Shard(path, tokens, starts)
+
+
+def fill_slices(ends: np.ndarray, first: int, slices: int, need: int) -> list[int] | None:
+    """Cuts documents into slices of `need` tokens each, from document `first` on, or None if they do not suffice.
+
+    `ends` (documents + 1,) are the running sums of the documents' lengths, from 0. Returns slices + 1 documents: slice
+    s has those from the s-th up to, not including, the next; the last of them is cut so that the slice is exactly full.
+    """
+    bounds = [first]
+    for _ in range(slices):
+        if bounds[-1] >= len(ends):
+            return None
+        bounds.append(int(np.searchsorted(ends, ends[bounds[-1]] + need)))
+    return bounds if bounds[-1] < len(ends) else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where one step's tokens come from: slices + 1 document numbers of one shard (see `fill_slices`)."""
+
+    path: str
+    bounds: list[int]
+    length: int  # inputs of a slice; it has one token more
+    max_seq_len: int
+
+
+def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
+    """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at.
+
+    When the documents of a shard run out, the incomplete batch is dropped and begun again in the next shard.
+    """
+    plan: list[Batch] = []
+    sizes: dict[str, int] = {}
+    lengths: dict[str, np.ndarray] = {}
+    allowed = 0  # steps that the epochs allowed suffice for
+    epoch = 0
+    while len(plan) < settings.total_steps:
+        before = len(plan)
+        for path in paths:
+            if path not in lengths:
+                shard = read_shard(path, settings.model)
+                sizes[path] = len(shard.tokens)
+                lengths[path] = np.diff(np.append(shard.starts, len(shard.tokens)))
+            document, limit = 0, None
+            while len(plan) < settings.total_steps:
+                stage = settings.stage_at(len(plan))
+                if limit != stage.max_seq_len:
+                    limit = stage.max_seq_len
+                    ends = np.concatenate(([0], np.cumsum(np.minimum(lengths[path], limit))))
+                length = stage.batch_tokens // settings.slices
+                bounds = fill_slices(ends, document, settings.slices, length + 1)
+                if bounds is None:
+                    break
+                plan.append(Batch(path, bounds, length, limit))
+                document = bounds[-1]
+        epoch += 1
+        if epoch == settings.epochs:
+            allowed = len(plan)
+        if len(plan) == before:
+            raise UserError(
+                f"{settings.train_files}: no shard has documents for one batch of {stage.batch_tokens:,} tokens "
+                f"(cut to {stage.max_seq_len:,}); the largest of {len(paths)} has {max(sizes.values()):,} tokens"
+            )
+    if epoch > settings.epochs:
+        have, need = (sum(batch.length * settings.slices for batch in part) for part in (plan[:allowed], plan))
+        raise UserError(
+            f"{settings.train_files}: too few training tokens: {have:,} in {len(paths)} shards and {settings.epochs} "
+            f"epochs after cutting documents, but the run needs {need:,}; add shards, or use --epochs {epoch}"
+        )
+    return plan, sizes
+
+
+def slice_tokens(shard: Shard, batch: Batch, index: int) -> np.ndarray:
+    """The length + 1 tokens of a batch's slice."""
+    documents = range(batch.bounds[index], batch.bounds[index + 1])
+    ends = np.append(shard.starts[1:], len(shard.tokens))
+    pieces = [shard.tokens[shard.starts[d] : min(ends[d], shard.starts[d] + batch.max_seq_len)] for d in documents]
+    return np.concatenate(pieces)[: batch.length + 1]
+
+
+def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
+    """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
+    shard = None
+    for batch in plan:
+        if shard is None or shard.path != batch.path:
+            shard = read_shard(batch.path, config)
+        if batch.bounds[-1] > len(shard.starts):
+            raise UserError(f"{batch.path}: changed while the run was reading it")
+        yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
+
+
+def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
+    """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the stream; tokens by shard."""
+    parts, sizes, missing = [], {}, settings.val_tokens + 1  # the last target is the stream's next token
+    for path in find_shards(settings.val_files, settings.preset):
+        shard = read_shard(path, settings.model)
+        sizes[path] = len(shard.tokens)
+        parts.append(shard.tokens[:missing])
+        missing -= len(parts[-1])
+        if not missing:
+            break
+    else:
+        raise UserError(
+            f"{settings.val_files}: too few validation tokens: {sum(sizes.values()):,}, but --val-tokens "
+            f"{settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
+        )
+    stream = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    return stream.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
+
+
+def prefetch(items, depth: int = 2):
+    """Yields what `items` yields, produced ahead by a thread; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(entry) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(entry, timeout=0.1)
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if closed.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+# ======================================================================================================================
+# 7. Training
+#
+# Processes, the log, the clock, a warm-up that leaves no trace, validation, and the loop.
+# ======================================================================================================================
+
+
+class NotFinite(Exception):
+    """The loss became NaN or infinite."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: while `deferred`, remembered for the loop to see; otherwise raised as `Stopped`."""
+
+    def __init__(self):
+        self.deferred, self.signum = False, 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum: int, frame) -> None:
+        if not self.deferred or self.signum:  # a second one does not wait for the step to end
+            raise Stopped(signum)
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def barrier_broadcast(self, model: nn.Module) -> None:
+        """Gives every rank the parameters of rank 0."""
+        if self.size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, src=0)
+
+
+def start_processes() -> World:
+    """Joins the process group that torchrun describes in the environment, if it does; chooses the device."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.use_deterministic_algorithms(True)
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    return World(rank, size, device)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def check_divisions(settings: Settings, world_size: int) -> None:
+    """UserError unless slices share out evenly over batches and processes, and validation over its sequences."""
+    batches = sorted({stage.batch_tokens for stage in settings.all_stages})
+
+    def works(slices: int) -> bool:
+        return slices % world_size == 0 and all(batch % slices == 0 for batch in batches)
+
+    if settings.slices < 1 or not works(settings.slices):
+        fits = [n for n in range(1, batches[0] + 1) if works(n)]
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - settings.slices))[:2])
+        advice = f"nearest that work: --slices {' or '.join(map(str, nearest))}" if nearest else "use fewer processes"
+        raise UserError(
+            f"batches of {', '.join(f'{batch:,}' for batch in batches)} tokens, {settings.slices} slices and "
+            f"{world_size} processes do not divide; {advice}"
+        )
+    tables = {"dim": settings.model.dim, "padded vocabulary": settings.model.padded_vocab}
+    for name, size in tables.items():
+        if size % world_size:
+            raise UserError(f"{name} {size} is not divisible by {world_size} processes, which share the optimizer")
+    if settings.model.dim % settings.model.heads or settings.model.head_dim % 4:
+        raise UserError(f"--dim {settings.model.dim} is not --heads {settings.model.heads} times a multiple of 4")
+    if settings.val_tokens % settings.val_seq_len:
+        nearest = max(settings.val_tokens // settings.val_seq_len, 1) * settings.val_seq_len
+        raise UserError(
+            f"--val-tokens {settings.val_tokens} is no multiple of --val-seq-len {settings.val_seq_len}; "
+            f"nearest that works: --val-tokens {nearest}"
+        )
+
+
+class Clock:
+    """Training time in milliseconds: runs between `start` and `stop`, both of which wait for the device."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.total = 0.0
+
+    def mark(self):
+        """A point in the device's work, to be read by `at` once it has been passed."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.begin = self.mark()
+
+    def at(self, mark) -> float:
+        return self.total + (self.begin.elapsed_time(mark) if self.cuda else 1000 * (mark - self.begin))
+
+    def stop(self) -> None:
+        mark = self.mark()
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.total = self.at(mark)
+
+
+def git_state() -> str:
+    """The commit of this file's repository and whether it was dirty, or `none`."""
+
+    def git(*command: str) -> str:
+        run = subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        return f"{git('rev-parse', 'HEAD')} {'dirty' if git('status', '--porcelain') else 'clean'}"
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def hardware_name(world: World) -> str:
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+class Log:
+    """The run's record: `logs/<run id>.txt` on rank 0, line by line; its lines also on the screen.
+
+    On a terminal a status line stands for the training lines.
+    """
+
+    RULE = "=" * 100
+
+    def __init__(self, settings: Settings, world: World):
+        self.main = world.rank == 0
+        self.terminal = sys.stdout.isatty()
+        self.file = None
+        self.bar = None
+        self.settings = settings
+        if self.main:
+            name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
+            self.path = Path("logs") / f"{name}.txt"
+            try:
+                self.path.parent.mkdir(exist_ok=True)
+                self.file = open(self.path, "xb")
+            except FileExistsError:
+                raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+    def header(self, world: World, files: dict[str, dict[str, int]]) -> None:
+        """Source, environment, settings and data, so that the log alone says what was run."""
+        if not self.main:
+            return
+        source = Path(__file__).read_bytes()
+        self.file.write(source if source.endswith(b"\n") else source + b"\n")
+        triton = sys.modules.get("triton")
+        lines = [
+            self.RULE,
+            f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
+            f"python: {platform.python_version()}",
+            f"pytorch: {torch.__version__}",
+            f"cuda: {torch.version.cuda or 'none'}",
+            f"triton: {triton.__version__ if triton else 'none'}",
+            f"hardware: {hardware_name(world)}",
+        ]
+        if world.device.type == "cuda":
+            lines.append(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout.rstrip())
+        lines += [
+            f"world size: {world.size}",
+            f"git: {git_state()}",
+            f"settings: {json.dumps(dataclasses.asdict(self.settings))}",
+        ]
+        lines += [f"data: {part} {path} {count:,} tokens" for part, each in files.items() for path, count in each.items()]
+        self.file.write("\n".join((*lines, self.RULE, "")).encode())
+        self.file.flush()
+        self.say(f"log: {self.path}")
+
+    def line(self, text: str) -> None:
+        """Into the log and onto the screen."""
+        if self.main:
+            self.file.write(text.encode() + b"\n")
+            self.file.flush()
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Onto the screen only."""
+        if self.main:
+            tqdm.write(text) if self.terminal else print(text, flush=True)
+
+    def step(self, step: int, loss: float, milliseconds: float, status: str) -> None:
+        if not self.main:
+            return
+        text = f"train_loss:{loss:.4f} {timing(milliseconds, step)}"
+        line = f"step:{step}/{self.settings.total_steps} {text}"
+        if not self.terminal:
+            return self.line(line)
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
+        if self.bar is None:
+            layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
+            self.bar = tqdm(total=self.settings.total_steps, bar_format=layout, dynamic_ncols=True)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {status}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def timing(milliseconds: float, step: int) -> str:
+    return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms"
+
+
+def peak_memory(device: torch.device) -> str:
+    """The log's last line. On the CPU both numbers are the process's largest resident set."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    else:
+        import resource  # not on Windows
+
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+
+
+class Losses:
+    """Each step's training loss, averaged over the batch and the same on all ranks, without waiting for the device.
+
+    With the loss travels a flag, whether any rank was asked to stop, so that all stop after the same step. On the CPU
+    a step's loss is known at once; on CUDA it is copied every 8 steps and looked at 8 steps later.
+    """
+
+    def __init__(self, steps: int, world: World, clock: Clock):
+        self.world, self.clock = world, clock
+        self.cuda = world.device.type == "cuda"
+        self.rows = torch.zeros(steps, 2, device=world.device)
+        self.host = torch.zeros(steps, 2, pin_memory=True) if self.cuda else self.rows
+        self.interval = 8 if self.cuda else 1
+        self.copied = self.known = 0
+        self.pending: list[tuple[int, typing.Any]] = []  # steps copied and when, oldest first
+
+    def record(self, step: int, loss: Tensor, stop: bool):
+        """Takes a step's loss; yields the blocks of steps that have become known (see `read`)."""
+        row = self.rows[step]
+        row[0] = loss
+        if stop:
+            row[1] = 1.0
+        if self.world.size > 1:
+            dist.all_reduce(row)
+        if (step + 1) % self.interval == 0:
+            self.copy(step + 1)
+        yield from self.read(keep=1 if self.cuda else 0)
+
+    def copy(self, steps: int) -> None:
+        if self.cuda:
+            self.host[self.copied : steps].copy_(self.rows[self.copied : steps], non_blocking=True)
+        self.pending.append((steps, self.clock.mark()))
+        self.copied = steps
+
+    def read(self, keep: int):
+        """Yields (first step, its and the following steps' losses, milliseconds at the last, whether to stop)."""
+        while len(self.pending) > keep:
+            steps, mark = self.pending.pop(0)
+            if self.cuda:
+                mark.synchronize()
+            block = self.host[self.known : steps]
+            yield self.known, block[:, 0].tolist(), self.clock.at(mark), bool(block[:, 1].any())
+            self.known = steps
+
+    def drain(self, steps: int):
+        """Waits for all losses up to `steps`, and yields them."""
+        if steps > self.copied:
+            self.copy(steps)
+        yield from self.read(keep=0)
+
+
+def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
+    """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared out over ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for sequence in sequences[world.rank :: world.size]:
+        tokens = sequence.to(world.device)
+        total += model.evaluate(tokens[:-1], tokens[1:].long(), context).sum(dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
+
+
+def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
+    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached.
+
+    A slice's loss is the sum over its tokens, and the slices of a rank are averaged, as are the ranks.
+    """
+    total = torch.zeros((), device=tokens.device)
+    for row in tokens:
+        loss = objective(row[:-1], row[1:].long(), context)
+        (loss / len(tokens)).backward()
+        total += loss.detach()
+    return total / (slices * (tokens.size(1) - 1))
+
+
+def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
+    """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
+    parameters = [p.detach().cpu().clone() for p in model.parameters()]
+    state = {name: {key: value.cpu().clone() for key, value in each.items()} for name, each in optimizer.state.items()}
+    generator = torch.Generator().manual_seed(world.rank)
+
+    def dummy(*shape: int) -> Tensor:
+        tokens = torch.randint(settings.model.vocab_size, shape, generator=generator, dtype=torch.int32)
+        return tokens.to(world.device)
+
+    shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
+    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0):
+        context = make_context(settings.model, length, windows, model.embed)
+        for adam in (False, True, True):  # the second one has embed's own update, where it was untied
+            train_step(objective, dummy(1, length + 1), context, settings.slices)
+            optimizer.step(Hyper(stage, lr=1.0, momentum=0.95, adam=adam))
+    final = (settings.val_short_window, settings.val_long_window)
+    for windows in dict.fromkeys([final, *(stage.windows for stage in settings.all_stages)]):
+        context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
+        validate(model, dummy(world.size, settings.val_seq_len + 1), context, world)
+
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), parameters):
+            p.copy_(value)
+            p.grad = None
+    for name, each in state.items():
+        for key, value in each.items():
+            optimizer.state[name][key].copy_(value)
+    optimizer.updates = dict.fromkeys(optimizer.updates, 0)
+    optimizer.tied = settings.stages[0].tied
+
+
+def compiles() -> bool:
+    """Whether torch.compile works here: a graph of one addition tells."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(16))
+        return True
+    except Exception:
+        return False
+
+
+def train(settings: Settings, world: World, stop: StopSignal) -> None:
+    """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
+    device = world.device
+    check_divisions(settings, world.size)
+    plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
+    sequences, val_sizes = validation_sequences(settings)
+
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
+    world.barrier_broadcast(model)
+    optimizer = Optimizer(model, settings, world.rank, world.size)
+    log = Log(settings, world)
+    try:
+        log.header(world, {"train": train_sizes, "val": val_sizes})
+        if not settings.compile or not compiles():
+            torch.compiler.set_stance("force_eager")
+            log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
+        # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
+        objective = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
+        log.say(f"warm-up: compiling for {model.embed.dtype} on {device.type}")
+        begin = time.perf_counter()
+        warm_up(settings, model, objective, optimizer, world)
+        log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
+        peak = measure_peak(device, model.embed.dtype) * world.size
+        gc.collect()
+        gc.freeze()  # a collection over all that exists by now would stall a step
+        stop.deferred = True
+        loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak)
+        log.line(peak_memory(device))
+    finally:
+        log.close()
+
+
+def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak) -> None:
+    """Steps and validations. Nothing in a step waits for the device."""
+    total, own = settings.total_steps, settings.slices // world.size
+    clock = Clock(world.device)
+    losses = Losses(total, world, clock)
+    flops = flops_per_token(settings)
+
+    def report(blocks) -> None:
+        """Logs what has become known; raises at the first loss that is not finite, and when a rank was to stop."""
+        for first, values, milliseconds, stopping in blocks:
+            for step, loss in enumerate(values, first + 1):
+                if not math.isfinite(loss):
+                    log.line(f"loss is not finite: step {step}")
+                    raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped (log: {log.path})")
+            speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
+            share = speed * flops(settings.stage_at(step - 1)) / peak
+            log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
+            if stopping:
+                raise Stopped(stop.signum or signal.SIGTERM)
+
+    batches = training_batches(plan, settings.model, range(world.rank * own, (world.rank + 1) * own))
+    batches = prefetch(tokens.pin_memory() if losses.cuda else tokens for tokens in batches)
+    context = stage = None
+    clock.start()
+    for step in range(total + 1):
+        hyper = schedule(settings, step)
+        if step == total or step % settings.val_every == 0:
+            report(losses.drain(step))
+            clock.stop()
+            final = (settings.val_short_window, settings.val_long_window)
+            windows = final if step == total else hyper.stage.windows
+            wide = make_context(settings.model, settings.val_seq_len, windows, model.embed)
+            loss = validate(model, sequences, wide, world)
+            log.line(f"step:{step}/{total} val_loss:{loss:.4f} {timing(clock.total, step)}")
+            clock.start()
+        if step == total:
+            break
+        if hyper.stage is not stage:
+            stage = hyper.stage
+            context = make_context(settings.model, plan[step].length, stage.windows, model.embed)
+        tokens = next(batches).to(world.device, non_blocking=True)
+        loss = train_step(objective, tokens, context, settings.slices)
+        optimizer.step(hyper)
+        report(losses.record(step, loss, bool(stop.signum)))
+    batches.close()
+
+
+# ======================================================================================================================
+# 8. Command line
+#
+# Every scalar of `Settings` and `ModelConfig` is an option; types, defaults and help come from the tables above.
+# ======================================================================================================================
+
+
+def flops_per_token(settings: Settings):
+    """A function from a stage to the arithmetic of a training token: 6 a matrix parameter, 12 a channel and key."""
+    config = settings.model
+    matrices = sum(count for _, count in active_matrices(config))
+
+    def flops(stage: Stage) -> int:
+        short, long = stage.windows
+        keys = sum(long if config.layers[i].window == "long" else short for i in config.attention_layers)
+        return 6 * matrices + 12 * config.dim * keys
+
+    return flops
+
+
+def active_matrices(config: ModelConfig) -> list[tuple[str, int]]:
+    """The parameters that every token is multiplied with, by part of the model."""
+    square = config.dim**2
+    return [
+        ("head", config.dim * config.padded_vocab),
+        ("MLP", 8 * square * len(config.layers)),
+        ("attention", 4 * square * len(config.attention_layers)),
+    ]
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The arithmetic that the device really does, in FLOP/s: the best of a few large matrix products."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    clock, best = Clock(device), math.inf
+    for _ in range(6):
+        clock.start()
+        a @ b
+        before = clock.total
+        clock.stop()
+        best = min(best, clock.total - before)
+    return 2 * size**3 / best * 1000
+
+
+def print_plan(settings: Settings, world: World) -> None:
+    """What --dry-run prints: the run's parameters, tokens, arithmetic, memory, schedule and times."""
+    config, dtype = settings.model, choose_dtype(settings, world.device)
+    check_divisions(settings, world.size)
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
+
+    print(f"{'parameter':16}{'shape':>20}{'count':>14}{'':>4}{'optimizer':10}{'lr x':>6}{'wd x':>6}  betas")
+    for name, p in model.named_parameters():
+        if row := ADAM_TABLE.get(name):
+            how = f"{'Adam':10}{row.lr:>6}{row.wd:>6}  {row.betas}"
+        else:
+            how = f"{'NorMuon':10}{1:>6}{1:>6}"
+        print(f"{name:16}{' x '.join(map(str, p.shape)):>20}{p.numel():>14,}{'':>4}{how}")
+    parts = active_matrices(config)
+    active = sum(count for _, count in parts)
+    print(f"{'total':36}{sum(p.numel() for p in model.parameters()):>14,}")
+    print(f"active matrix parameters: {active / 1e6:.1f}M ({', '.join(f'{n} {c / 1e6:.1f}M' for n, c in parts)})\n")
+
+    print(f"{'stage':>10}{'steps':>7}{'batch':>10}{'slices':>15}{'max_seq_len':>13}{'windows':>13}{'lr x':>6}")
+    flops, total_flops, tokens = flops_per_token(settings), 0, 0
+    for n, stage in enumerate(settings.all_stages, 1):
+        label = n if stage is not settings.extension else "extension"
+        cut = f"{settings.slices} x {stage.batch_tokens // settings.slices:,}"
+        windows = "{}, {}".format(*stage.windows)
+        lr = f"{stage.lr if stage is not settings.extension else settings.final_lr:>6}"
+        print(f"{label:>10}{stage.steps:>7}{stage.batch_tokens:>10,}{cut:>15}{stage.max_seq_len:>13,}{windows:>13}{lr}")
+        tokens += stage.steps * stage.batch_tokens
+        total_flops += stage.steps * stage.batch_tokens * flops(stage)
+    print(f"training tokens: {tokens / 1e6:.1f}M, validation on {settings.val_tokens:,} every {settings.val_every} steps")
+    print(f"arithmetic: {total_flops / tokens / 1e9:.2f} GFLOP a token, {total_flops / 1e15:.3g} PFLOP in all")
+    print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
+    peak = measure_peak(world.device, dtype) * world.size
+    floor = total_flops / peak
+    print(f"time: {floor:,.0f} s at the floor ({peak / 1e12:.3g} TFLOP/s measured), {floor / 0.45:,.0f} s at 45 %")
+
+
+def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
+    """Bytes of a process, roughly: weights, gradients and optimizer state, and one slice's activations."""
+    config = settings.model
+    weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
+    state = sum(4 * p.numel() * (1.5 if name in MUON_BANKS else 2) for name, p in model.named_parameters())
+    length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
+    item = model.embed.element_size()
+    # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.
+    activations = length * item * (20 * config.dim * len(config.layers) + 3 * config.padded_vocab)
+    return int(weights + state / world_size + activations)
+
+
+def scalar_fields() -> dict[str, tuple[type, dataclasses.Field]]:
+    """Every field that the command line can set: its owner, `Settings` or `ModelConfig`, and itself, by name."""
+    owners = (Settings, ModelConfig)
+    return {f.name: (owner, f) for owner in owners for f in dataclasses.fields(owner) if "help" in f.metadata}
+
+
+def parse_value(kind, text: str):
+    """`text` as a field's type; ValueError if it is not one."""
+    kinds = [k for k in typing.get_args(kind) if k is not types.NoneType] or [kind]
+    if kinds[0] is not bool:
+        return kinds[0](text)
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
+    """The settings that the command line asks for, and whether it is a --dry-run."""
+    fields = scalar_fields()
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="record")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such preset; there are {' and '.join(PRESETS)}")
+    settings = PRESETS[preset]
+
+    parser = Parser(prog="train_gpt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    for owner, title in ((Settings, f"run (defaults of {preset})"), (ModelConfig, f"model (defaults of {preset})")):
+        group = parser.add_argument_group(title)
+        for name, (its, f) in fields.items():
+            if its is owner:
+                default = getattr(settings if owner is Settings else settings.model, name)
+                shown = f" (default: {default})" if default not in (None, "") else ""
+                kind = next(k for k in (typing.get_args(f.type) or (f.type,)))
+                option = "--" + name.replace("_", "-")
+                text = f.metadata["help"].replace("%", "%%") + shown
+                group.add_argument(option, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = ["--preset", "--dry-run", *("--" + name.replace("_", "-") for name in fields)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
+        raise UserError(f"unknown option {unknown[0]}; the closest that exists is {near[0]} (--help lists all)")
+    changes: dict[type, dict] = {Settings: {}, ModelConfig: {}}
+    for name, text in vars(parsed).items():
+        if name in fields:
+            owner, f = fields[name]
+            changes[owner][name] = checked_value(name, f.type, text)
+    settings = replace(settings, model=replace(settings.model, **changes[ModelConfig]), **changes[Settings])
+    return (with_steps(settings, settings.steps) if settings.steps is not None else settings), parsed.dry_run
+
+
+CHOICES = {"dtype": ("auto", "bfloat16", "float32")}
+POSITIVE = ("steps", "epochs", "slices", "val_tokens", "val_seq_len", "val_every", "val_short_window", "val_long_window")
+
+
+def checked_value(name: str, kind, text: str):
+    """The value that the option `name` gives; UserError if it cannot be one."""
+    option = f"--{name.replace('_', '-')} {text}"
+    try:
+        value = parse_value(kind, text)
+    except ValueError:
+        wanted = "true or false" if kind is bool else "a number" if kind is float else "a whole number"
+        raise UserError(f"{option}: not {wanted}") from None
+    if name in CHOICES and value not in CHOICES[name]:
+        near = difflib.get_close_matches(text, CHOICES[name], n=1, cutoff=0.0)[0]
+        raise UserError(f"{option}: no such value; the closest that exists is {near}")
+    if name in POSITIVE and value < 1:
+        raise UserError(f"{option}: must be at least 1")
+    return value
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + signal."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+
+    def complain(text: str) -> None:
+        if main_rank:
+            print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
+
+    stop = StopSignal()
+    try:
+        settings, dry_run = parse_arguments(arguments)
+        world = start_processes()
+        if dry_run:
+            print_plan(settings, world)
+        else:
+            train(settings, world, stop)
+        return 0
+    except UserError as error:
+        complain(str(error))
+        return 2
+    except NotFinite as error:
+        complain(str(error))
+        return 3
+    except Stopped as error:
+        complain(f"stopped by {signal.Signals(error.signum).name}")
+        return 128 + error.signum
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

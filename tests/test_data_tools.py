@@ -4,6 +4,7 @@ Shards are parsed here by hand, and pieces are cut by a second, line-by-line alg
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 import shards
 import text
 
@@ -50,7 +52,9 @@ def tool(project, script, *args, fakes=None, **environment):
     environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(TIKTOKEN_CACHE), **environment}
     environment["PYTHONPATH"] = str(fakes or "")
     command = [sys.executable, str(project / "data" / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=project, timeout=120)
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env=environment, cwd=project, timeout=60
+    )
 
 
 def assert_done(result):
@@ -81,11 +85,15 @@ def unpack(path):
     return list(struct.unpack(f"<{header[2]}H", data[1024:]))
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
 def split_at(tokens, bos):
     """The documents (without their BOS) of a token stream, which must begin with one."""
     assert tokens[0] == bos
     starts = [i for i, token in enumerate(tokens) if token == bos] + [len(tokens)]
-    return [tokens[a + 1 : b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [tokens[a + 1 : b] for a, b in itertools.pairwise(starts)]
 
 
 def files_in(folder):
@@ -169,7 +177,7 @@ def test_writer_cuts_the_stream_into_shards_of_exact_size(tmp_path):
     with shards.TokenShardWriter(tmp_path, shards.shard_names("x", "train", 1), 10) as writer:
         for document in documents:
             writer.add(document)
-    stream = sum(documents, [])
+    stream = flat(documents)
     assert files_in(tmp_path) == [f"x_train_00000{i}.bin" for i in range(1, 6)]
     assert [unpack(path) for path in writer.paths] == [stream[i : i + 10] for i in range(0, len(stream), 10)]
     assert writer.tokens == len(stream) == 43
@@ -229,7 +237,7 @@ def write_documents(folder, count):
 
 
 def shard_documents(folder, split, bos=256):
-    stream = sum((unpack(path) for path in sorted(folder.glob(f"text_{split}_*.bin"))), [])
+    stream = flat(unpack(path) for path in sorted(folder.glob(f"text_{split}_*.bin")))
     return split_at(stream, bos)
 
 
@@ -385,7 +393,7 @@ def test_gpt2_documents_are_bos_and_the_tokens_of_the_whole_text(project, tmp_pa
 
     assert_done(tool(project, "text.py", *args, "--out", tmp_path / "cut", "--max-doc-tokens", 64))
     pieces = shard_documents(tmp_path / "cut", "train", 50256)
-    assert sum(pieces, []) == sum(whole, [])
+    assert flat(pieces) == flat(whole)
     assert max(map(len, pieces)) == 63
     hard = [piece for piece in pieces if not encoding.decode(piece).endswith("\n") and piece[-1] != whole[-1][-1]]
     assert hard and all(len(piece) == 63 and "\n" not in encoding.decode(piece) for piece in hard)
@@ -686,7 +694,7 @@ def test_fineweb_stream_becomes_shards_with_the_first_for_validation(project, fa
     (fakes / "datasets.py").write_text(FAKE_DATASETS)
     assert_done(tool(project, "fineweb.py", *options, "--shard-tokens", 50, fakes=fakes))
     texts = [repo, "one two three", "a\nb\n", *[f"document {i} of the stream" for i in range(30)]]
-    stream = sum([[50256, *encode(content)] for content in texts], [])
+    stream = flat([50256, *encode(content)] for content in texts)
     prefix = folder.rstrip("0B1")
     names = [f"{prefix}_val_000000.bin", *[f"{prefix}_train_{i:06}.bin" for i in range(1, 9)]]
     parts = [stream[i : i + 50] for i in range(0, len(stream), 50)]

@@ -1,0 +1,22 @@
+# Sourced by run.sh and tests/run.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not.
+
+serves() {
+    "$1" - >/dev/null 2>&1 <<'PY'
+import huggingface_hub, numpy, sympy, tiktoken, tqdm, torch
+assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+PY
+}
+
+PYTHON=$(command -v python3 || command -v python || true)
+if [ -z "$PYTHON" ]; then
+    echo "no python3 was found: install Python 3.10 or newer" >&2
+    exit 2
+fi
+if [ -x .venv/bin/python ] && serves .venv/bin/python; then
+    PYTHON=.venv/bin/python
+elif ! serves "$PYTHON"; then
+    echo "setting up .venv from requirements.txt (once; some minutes, most of it PyTorch)"
+    "$PYTHON" -m venv .venv
+    PYTHON=.venv/bin/python
+    "$PYTHON" -m pip install --quiet --requirement requirements.txt
+fi

@@ -1,0 +1,38 @@
+"""What all tests share: small runs, uncompiled and deterministic unless a test says otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def eager_and_deterministic():
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    torch.compiler.set_stance("force_eager")
+
+
+@pytest.fixture
+def train_gpt(tmp_path):
+    """Runs the command line `python train_gpt.py …` in an empty folder; returns the finished process."""
+
+    def run(*arguments, processes: int = 1, cwd: Path = tmp_path, timeout: float = 300, **environment):
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run(
+            [*command, str(ROOT / "train_gpt.py"), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": str(max(2 // processes, 1)), **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -23,6 +23,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ import threading
 import time
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,11 +62,15 @@ def setting(default, help: str):
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the network's table: what a layer has besides its MLP."""
+    """One row of the network's table: what a layer has besides its MLP. A layer is named by its row's number."""
 
-    attention: str = "plain"  # "plain", or "none": the layer is an MLP only
-    window: str = "short"  # which of the stage's two windows its attention has
+    attention: str = "plain"  # "plain", "paired" (two heads interleaved into one [58]), "none" (only the MLP)
+    window: str = "short"  # which of the stage's two windows; a "long" one has the partial key offset [49]
     value_embed: int | None = None  # the value-embedding table that is mixed into v [14]
+    xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
+    reads: int | None = None  # attention reads the stream as it was after that layer [77]
+    skip: int | None = None  # first adds the stream as it was after that layer, gated [55]
+    mudd: bool = False  # coefficients made for each token, in place of learned scalars [81]
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,42 @@ class Stage:
     max_seq_len: int  # documents are cut to this many tokens
     windows: tuple[int, int]  # short and long attention window, tokens
     lr: float  # multiplies every learning rate
+    mtp: tuple[tuple[float, ...], tuple[float, ...]]  # weights of the next targets, from the stage's start to its end
     tied: bool = False  # embed is the transpose of lm_head [51]
+
+
+# What a switched-off technique leaves of its column of the network's table.
+COLUMNS = {
+    "value_embeds": ("value_embed", None),
+    "xsa": ("xsa", False),
+    "single_input": ("reads", None),
+    "skip": ("skip", None),
+    "mudd": ("mudd", False),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     layers: tuple[Layer, ...]
+    mudd_sources: tuple[int, int, int] | None = None  # layers whose output is mixed in again after the last [81]
     vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)")
     bos_id: int = setting(50256, "the token that begins every document")
     dim: int = setting(768, "width of the stream")
     heads: int = setting(6, "attention heads")
     attention_scale: float = setting(0.1, "factor of the attention logits")
+    bigram_rows: int = setting(15, "rows of the bigram table, as a multiple of the padded vocabulary")
+    bigram_dim: int = setting(192, "channels of the stream that the bigram embedding is added to")
+    smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
+    bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
+    value_embeds: bool = setting(True, "value embeddings [14]")
+    paired_heads: bool = setting(True, "paired heads [58]")
+    key_offset: bool = setting(True, "partial key offset in the layers with a long window [49]")
+    xsa: bool = setting(True, "learnable exclusive self attention [82]")
+    attention_gate: bool = setting(True, "sparse attention gate [28]")
+    single_input: bool = setting(True, "one activation as the input of the last attention layers [77]")
+    skip: bool = setting(True, "gated skip connection [55]")
+    mudd: bool = setting(True, "MUDD connections [81]")
+    head_pairs: bool = setting(True, "orthogonalize Q and K two heads at a time, not whole [80]")
 
     @property
     def head_dim(self) -> int:
@@ -97,12 +128,21 @@ class ModelConfig:
         return math.ceil(self.vocab_size / 128) * 128
 
     @property
-    def attention_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, layer in enumerate(self.layers) if layer.attention != "none")
+    def rows(self) -> tuple[Layer, ...]:
+        """The table as it is built: without the columns of the techniques that are switched off."""
+        off = dict(column for switch, column in COLUMNS.items() if not getattr(self, switch))
+        rows = (replace(layer, **off) for layer in self.layers)
+        if not self.paired_heads:
+            rows = (replace(row, attention=row.attention.replace("paired", "plain")) for row in rows)
+        return tuple(rows)
+
+    def which(self, has: Callable[[Layer], bool]) -> tuple[int, ...]:
+        """The layers whose row has something."""
+        return tuple(i for i, row in enumerate(self.rows) if has(row))
 
     @property
-    def value_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, layer in enumerate(self.layers) if layer.value_embed is not None)
+    def attention_layers(self) -> tuple[int, ...]:
+        return self.which(lambda row: row.attention != "none")
 
 
 @dataclass(frozen=True)
@@ -119,6 +159,11 @@ class Settings:
     val_short_window: int = setting(768, "short window of the final validation [33, 35]")
     val_long_window: int = setting(2560, "long window of the final validation [33, 35]")
     steps: int | None = setting(None, "steps in all; the stages shrink or grow in proportion")
+    yarn: bool = setting(True, "stretch the rotary embedding when the long window grows (YaRN) [31]")
+    multi_token: bool = setting(True, "multi-token prediction in training [53]")
+    length_schedule: bool = setting(True, "shorter documents in the first stages [72]")
+    extension_windows: bool = setting(True, "wider windows in the extension")
+    long_validation: bool = setting(True, "longer windows in the final validation [33, 35]")
     epochs: int = setting(1, "times to go over the training shards")
     slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory")
     seed: int = setting(1, "seed of the initial weights")
@@ -138,7 +183,15 @@ class Settings:
 
     @property
     def all_stages(self) -> tuple[Stage, ...]:
-        return (*self.stages, self.extension)
+        """The schedule's table as it is run: without what the switched-off techniques leave out."""
+        stages = (*self.stages, self.extension)
+        if not self.extension_windows:
+            stages = (*self.stages, replace(self.extension, windows=self.stages[-1].windows))
+        if not self.length_schedule:
+            stages = tuple(replace(stage, max_seq_len=self.extension.max_seq_len) for stage in stages)
+        if not self.multi_token:
+            stages = tuple(replace(stage, mtp=((1,), (1,))) for stage in stages)
+        return stages
 
     @property
     def total_steps(self) -> int:
@@ -148,12 +201,14 @@ class Settings:
     def scheduled_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> tuple[Stage, int]:
+        """The stage of a step, and its first step. The end of the run counts to the last stage."""
+        first = 0
         for stage in self.all_stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.extension
+            if step < first + stage.steps:
+                break
+            first += stage.steps
+        return stage, first
 
 
 PRESETS = {
@@ -161,46 +216,50 @@ PRESETS = {
         preset="record",
         model=ModelConfig(
             layers=(
-                Layer(),
-                Layer(value_embed=0),
-                Layer(value_embed=1),
-                Layer(window="long"),
-                Layer(),
-                Layer(),
-                Layer(attention="none"),
-                Layer(),
-                Layer(value_embed=2),
-                Layer(value_embed=3),
-                Layer(window="long", value_embed=4),
+                Layer("paired"),
+                Layer("plain", value_embed=0, xsa=True),
+                Layer("paired", value_embed=1),
+                Layer("plain", window="long", xsa=True),
+                Layer("plain", xsa=True),
+                Layer("paired"),
+                Layer("none", skip=3),
+                Layer("plain", xsa=True),
+                Layer("plain", value_embed=2, xsa=True, reads=7),
+                Layer("paired", value_embed=3, reads=7),
+                Layer("plain", window="long", value_embed=4, xsa=True, reads=7, mudd=True),
             ),
+            mudd_sources=(7, 9, 3),
         ),
         stages=(
-            Stage(460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0, tied=True),
-            Stage(460, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52, tied=True),
-            Stage(460, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73),
+            Stage(460, 131_072, 896, windows=(128, 384), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
+            Stage(460, 262_144, 2048, windows=(384, 896), lr=1.52, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
+            Stage(460, 393_216, 2048, windows=(640, 1408), lr=1.73, mtp=((1, 0, 0), (1, 0, 0))),
         ),
-        extension=Stage(10, batch_tokens=393_216, max_seq_len=2048, windows=(768, 1664), lr=1.73),
+        extension=Stage(10, 393_216, 2048, windows=(768, 1664), lr=1.73, mtp=((1, 0, 0), (1, 0, 0))),
     ),
     "tiny": Settings(
         preset="tiny",
         model=ModelConfig(
             layers=(
-                Layer(value_embed=0),
-                Layer(window="long"),
-                Layer(value_embed=1),
-                Layer(window="long", value_embed=2),
+                Layer("paired", value_embed=0),
+                Layer("plain", window="long", xsa=True),
+                Layer("none", skip=0),
+                Layer("plain", value_embed=1, xsa=True),
+                Layer("plain", window="long", value_embed=2, xsa=True, reads=3, mudd=True),
             ),
+            mudd_sources=(3, 2, 1),
             vocab_size=257,
             bos_id=256,
             dim=256,
             heads=4,
+            bigram_dim=64,
         ),
         stages=(
-            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
-            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
-            Stage(160, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+            Stage(160, 8192, 512, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
+            Stage(160, 8192, 1024, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
+            Stage(160, 8192, 1024, windows=(64, 256), lr=1.0, mtp=((1, 0, 0), (1, 0, 0))),
         ),
-        extension=Stage(10, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+        extension=Stage(10, 8192, 1024, windows=(64, 256), lr=1.0, mtp=((1, 0, 0), (1, 0, 0))),
         train_files="data/sympy/sympy_train_*.bin",
         val_files="data/sympy/sympy_val_*.bin",
         val_tokens=524_288,
@@ -232,12 +291,23 @@ ADAM_TABLE = {
     "lm_head": AdamRow((0.5, 0.95), 1, 150, sharded=True),
     "embed": AdamRow((0.5, 0.95), 1, 150, sharded=True),
     "value_embeds": AdamRow((0.75, 0.95), 75, 5, sharded=True),
+    "bigram_table": AdamRow((0.75, 0.95), 75, 5, sharded=True),
     "resid_lambdas": AdamRow((0.9, 0.95), 5, 0),
     "post_lambdas": AdamRow((0.9, 0.95), 1, 0),
     "x0_lambdas": AdamRow((0.9, 0.95), 1, 0),
+    "bigram_lambdas": AdamRow((0.9, 0.95), 1, 0),
+    "xsa_alphas": AdamRow((0.9, 0.95), 1, 0),
     "qkv_lambdas": AdamRow((0.9, 0.99), 5, 0),
     "out_lambdas": AdamRow((0.9, 0.99), 5, 0),
+    "smear_lambda": AdamRow((0.9, 0.99), 5, 0),
+    "skip_lambda": AdamRow((0.9, 0.99), 5, 0),
+    "smear_gate": AdamRow((0.9, 0.99), 0.01, 0),
+    "skip_gate": AdamRow((0.9, 0.99), 0.05, 0),
+    "attention_gates": AdamRow((0.9, 0.99), 1, 1),
     "value_gates": AdamRow((0.9, 0.99), 1, 1),
+    "mudd_w1": AdamRow((0.9, 0.99), 0.25, 1),
+    "mudd_w2": AdamRow((0.9, 0.99), 0.25, 1),
+    "mudd_bias": AdamRow((0.9, 0.99), 0.25, 0),
 }
 MUON_BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 
@@ -254,11 +324,12 @@ class Hyper:
     lr: float  # factor of both learning rates
     momentum: float
     adam: bool  # Adam runs on odd steps, on the gradients of two steps [39]
+    mtp: tuple[float, ...]  # weights of the next targets
 
 
 def schedule(settings: Settings, step: int) -> Hyper:
     """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
-    stage = settings.stage_at(step)
+    stage, first = settings.stage_at(step)
     constant = settings.scheduled_steps * (1 - settings.cooldown)
     t = min(max((step - constant) / (settings.scheduled_steps - constant), 0.0), 1.0)
     warm = min(step / settings.momentum_warmup, 1.0)
@@ -268,7 +339,25 @@ def schedule(settings: Settings, step: int) -> Hyper:
         lr=(1 - t) * stage.lr + t * settings.final_lr,
         momentum=settings.momentum - 0.1 * (1 - warm) - 0.1 * cool,
         adam=step % 2 == 1,
+        mtp=tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp)),
     )
+
+
+def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
+    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window up to there."""
+    state = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
+    first = 0
+    for before, after in itertools.pairwise(settings.all_stages):
+        first += before.steps
+        if settings.yarn and step >= first and after.windows[1] > before.windows[1]:
+            state = yarn(*state, before.windows[1], after.windows[1])
+    return state
+
+
+def final_windows(settings: Settings) -> tuple[int, int]:
+    """The windows of the validation at the end."""
+    wide = settings.val_short_window, settings.val_long_window
+    return wide if settings.long_validation else settings.all_stages[-1].windows
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -322,14 +411,22 @@ def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 @region
-def weighted_sum(factors: tuple[Tensor, ...], terms: tuple[Tensor, ...]) -> Tensor:
-    """The sum of the terms (T, D), each times its factor: how the stream takes up what a layer made."""
-    return sum(factor * term for factor, term in zip(factors, terms))
+def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The multi-token objective, summed over positions: sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) [53].
+
+    Targets past the end are left out; the normalizer keeps all the weights.
+    """
+    z = softcap(x @ lm_head)
+    total = weights.sum() * z.logsumexp(-1).sum()
+    for k in range(len(weights)):
+        rest = targets[k:]
+        total = total - weights[k] * z[: len(rest)].gather(-1, rest[:, None]).sum()
+    return total
 
 
 @region
 def mlp_step(x: Tensor, w_in: Tensor, w_out: Tensor, resid: Tensor, post: Tensor) -> Tensor:
-    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), both matrices (4D, D), two factors."""
+    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), both matrices (4D, D)."""
     return resid * x + post * (F.relu(norm(x) @ w_in.T).square() @ w_out)
 
 
@@ -381,19 +478,81 @@ def rotary_frequencies(head_dim: int) -> Tensor:
     return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
 
 
+def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
+    """Rotary frequencies and softmax scale when the long window grows from `old` to `new` tokens [31].
+
+    Channels that turn fewer than once in a window are stretched with it, those that turn more than 32 times are not.
+    """
+    rotations = old * frequencies / (2 * math.pi)
+    ratio = old / new
+    keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+    return frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
+
+
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (length, 1, d/4) of the angles at positions 0 … length - 1, made in float32."""
     angles = torch.arange(length, device=frequencies.device, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@region
-def norm_and_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """QK norm of x (T, H, d), then the pairs (2j, 2j + 1) of the first half of its channels turn."""
-    turning, still = norm(x).chunk(2, dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (2j, 2j + 1) of the first half of the channels of x (T, H, d); the rest stays."""
+    turning, still = x.chunk(2, dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1).flatten(-2)
     return torch.cat((turned, still), dim=-1)
+
+
+def previous(x: Tensor) -> Tensor:
+    """Row t - 1 of x in row t; row 0 stays. What crosses into a document is for the caller to mask."""
+    return torch.cat((x[:1], x[:-1]))
+
+
+def pair_heads(x: Tensor) -> Tensor:
+    """(T, H, d) to (2T, H/2, d): heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58]."""
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
+def unpair_heads(x: Tensor) -> Tensor:
+    """The inverse of `pair_heads`."""
+    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+@region
+def prepare_qk(qk: Tensor, begins: Tensor, cos: Tensor, sin: Tensor, offset: bool, paired: bool):
+    """q and k from the projections qk (T, 2H, d): QK norm, key offset, pairing, rotary.
+
+    With `offset`, the channels of a key that do not turn are the token's before, except where a document `begins`.
+    """
+    q, k = norm(qk).chunk(2, dim=1)
+    if offset:
+        turning, still = k.chunk(2, dim=-1)
+        k = torch.cat((turning, torch.where(begins[:, None, None], still, previous(still))), dim=-1)
+    if paired:
+        q, k = pair_heads(q), pair_heads(k)
+    return rotate(q, cos[: len(q)], sin[: len(q)]), rotate(k, cos[: len(k)], sin[: len(k)])
+
+
+@region
+def finish_heads(y: Tensor, v: Tensor, alpha: Tensor | None, a: Tensor, gate: Tensor | None) -> Tensor:
+    """What becomes of the heads' outputs y (T, H, d) before W_o: XSA with strengths alpha (H,), and the gate (H, 12).
+
+    XSA takes tanh(alpha) of the part of y that is parallel to the token's own value v out of it [82]; the gate reads
+    the first twelve channels of the attention's input a (T, D) [28].
+    """
+    if alpha is not None:
+        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
+        y = y - alpha.tanh()[:, None] * along * v
+    if gate is not None:
+        y = y * torch.sigmoid(a[:, :12] @ gate.T)[:, :, None]
+    return y.flatten(1)
+
+
+@region
+def gated_values(a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
+    """The value-embedding row (T, D), each head's part times its gate (H, 12), which reads a and the row [14, 63]."""
+    strength = 2 * torch.sigmoid(torch.cat((a[:, :6], row[:, :6]), dim=1) @ gate.T)  # (T, H)
+    return (strength[:, :, None] * row.unflatten(1, (len(gate), -1))).flatten(1)
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
@@ -466,13 +625,6 @@ def make_mask(docs: Tensor, window: Tensor | int) -> BlockMask | Tensor:
 
 
 @region
-def add_values(v: Tensor, a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
-    """v (T, H, d) plus the gated value-embedding row (T, D); the gate (H, 12) reads six channels of a and of row."""
-    strength = 2 * torch.sigmoid(torch.cat((a[:, :6], row[:, :6]), dim=1) @ gate.T)  # (T, H)
-    return v + strength[:, :, None] * row.view_as(v)
-
-
-@region
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Tensor) -> Tensor:
     """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d)."""
     if isinstance(mask, Tensor):
@@ -492,19 +644,85 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
 class Context(typing.NamedTuple):
     """What the forward pass needs besides weights and tokens."""
 
-    cos: Tensor
+    cos: Tensor  # (2T, 1, d/4): paired heads have twice the positions
     sin: Tensor
     scale: Tensor  # of the attention's logits, 0-d float32
     windows: tuple[Tensor | int, Tensor | int]  # short, long
+    mtp: Tensor  # (K,) float32, the weights of the next K targets
 
 
-def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor) -> Context:
-    """The context of sequences of `length` tokens, on the device and in the dtype of `like`."""
-    cos, sin = rotary_tables(rotary_frequencies(config.head_dim).to(like.device), length, like.dtype)
-    scale = torch.tensor(config.attention_scale, device=like.device)
+def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
+    """The context of sequences of `length` tokens, on the device and in the dtype of `like`, for the next token only.
+
+    `rotary` is the frequencies and the scale that YaRN has made of those at the start.
+    """
+    frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
+    cos, sin = rotary_tables(frequencies.to(like.device), 2 * length, like.dtype)
     if like.is_cuda:
         windows = tuple(torch.tensor(window, device=like.device) for window in windows)
-    return Context(cos, sin, scale, windows)
+    return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
+
+
+class Mix(typing.NamedTuple):
+    """The factors with which a layer's parts enter the stream: learned scalars (0-d), or MUDD's (T, 1) a token each."""
+
+    resid: Tensor
+    post: Tensor
+    start: Tensor
+    bigram: Tensor | None
+    mlp_resid: Tensor
+    mlp_post: Tensor
+
+
+@region
+def smear(x: Tensor, begins: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
+    """x_t + strength * sigmoid(gate . x_t[:12]) * x_(t-1), except where a document begins [34]."""
+    take = strength * torch.sigmoid(x[:, :12] @ gate)[:, None]
+    return x + torch.where(begins[:, None], 0, take * previous(x))
+
+
+@region
+def bigram_embedding(tokens: Tensor, begins: Tensor, table: Tensor, signs: Tensor) -> Tensor:
+    """The hashed embedding (T, channels) of each token and the one before, times a row of random signs [62, 83]."""
+    tokens = tokens.int()
+    before = previous(tokens)
+    rows = ((36313 * tokens) ^ (27191 * before)) % (len(table) - 1)
+    rows = torch.where(begins, len(table) - 1, rows)
+    sign_rows = torch.where(begins, 0, (before ^ tokens) % len(signs))
+    return F.embedding(rows, table) * F.embedding(sign_rows, signs)
+
+
+def add_channels(x: Tensor, part: Tensor) -> Tensor:
+    """x (T, D) plus `part` (T, channels) on its first channels."""
+    return x + F.pad(part, (0, x.size(1) - part.size(1)))
+
+
+@region
+def take_up(x: Tensor, mix: Mix, attention: Tensor, start: Tensor, bigram: Tensor | None) -> Tensor:
+    """The stream after attention: itself, what attention made, the stream's start, and the bigram embedding."""
+    x = mix.resid * x + mix.post * attention + mix.start * start
+    return x if bigram is None else add_channels(x, mix.bigram * bigram)
+
+
+@region
+def gated_skip(x: Tensor, skipped: Tensor, x0: Tensor, strength: Tensor, gate: Tensor) -> Tensor:
+    """x plus an earlier stream, times sigmoid(strength) and a gate that reads the embedding [55]."""
+    return x + torch.sigmoid(strength) * 2 * torch.sigmoid(x0[:, :12] @ gate)[:, None] * skipped
+
+
+MUDD_HIDDEN, MUDD_LAYER, MUDD_END = 64, 14, 5  # width; coefficients before the layer, and after the last one
+
+
+@region
+def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Coefficients (T, 1) that a small network makes of each token: 0.1 * (W2 gelu(W1 x) + b) (arXiv 2502.12170)."""
+    return (0.1 * (F.gelu(x @ w1.T) @ w2.T + bias)).split(1, dim=1)
+
+
+@region
+def weighted_sum(factors: tuple[Tensor, ...], terms: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the terms (T, D), each times its factor."""
+    return sum(factor * term for factor, term in zip(factors, terms))
 
 
 class GPT(nn.Module):
@@ -513,9 +731,12 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1):
         super().__init__()
         self.config = config
-        dim, vocab = config.dim, config.padded_vocab
-        layers, attending, gated = len(config.layers), len(config.attention_layers), len(config.value_layers)
-        tables = 1 + max((config.layers[i].value_embed for i in config.value_layers), default=-1)
+        self.rows = rows = config.rows
+        dim, heads, vocab = config.dim, config.heads, config.padded_vocab
+        layers, attending = len(rows), len(config.attention_layers)
+        self.xsa_layers = config.which(lambda row: row.xsa)
+        self.value_layers = config.which(lambda row: row.value_embed is not None)
+        self.gated_layers = tuple(i for i in self.value_layers if not rows[i].mudd)  # MUDD makes its own gates
 
         def weight(*shape: int, std: float = 0.0) -> nn.Parameter:
             return nn.Parameter((torch.randn(shape) * std if std else torch.zeros(shape)).to(dtype))
@@ -530,9 +751,9 @@ class GPT(nn.Module):
 
         self.lm_head = weight(dim, vocab, std=0.005)
         self.embed = nn.Parameter(self.lm_head.data.T.contiguous())
-        self.value_embeds = weight(tables * vocab, dim, std=0.01)
-        # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, … [80].
-        self.qk_bank = bank(attending * config.heads, 2 * config.head_dim, dim)
+        # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
+        together = 2 if config.head_pairs else heads
+        self.qk_bank = bank(attending * 2 * heads // together, together * config.head_dim, dim)
         self.vo_bank = bank(attending * 2, dim, dim)  # per layer V, O
         self.mlp_bank = bank(layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
         self.mlp_bank.data[1 : 2 * layers : 2] = 0
@@ -541,11 +762,37 @@ class GPT(nn.Module):
         self.x0_lambdas = scalars(layers, start=0.0)
         self.qkv_lambdas = scalars(attending, start=0.5)
         self.out_lambdas = scalars(attending, start=1.0)
-        self.value_gates = weight(gated, config.heads, 12)
+        if config.smear:
+            self.smear_gate = weight(12)
+            self.smear_lambda = scalars(1, start=0.0)
+        if config.bigram:
+            self.bigram_table = weight(config.bigram_rows * vocab, config.bigram_dim)
+            self.bigram_lambdas = scalars(layers, start=0.05)
+            signs = torch.randint(2, (8192, config.bigram_dim), generator=torch.Generator("cpu").manual_seed(83))
+            self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
+        if self.value_layers:
+            tables = 1 + max(rows[i].value_embed for i in self.value_layers)
+            self.value_embeds = weight(tables * vocab, dim, std=0.01)
+            self.value_gates = weight(len(self.gated_layers), heads, 12)
+        if self.xsa_layers:
+            self.xsa_alphas = scalars(len(self.xsa_layers), heads, start=0.0)
+        if config.attention_gate:
+            self.attention_gates = weight(attending, heads, 12)
+        if config.which(lambda row: row.skip is not None):
+            self.skip_gate = weight(12)
+            self.skip_lambda = scalars(1, start=-1.5)
+        self.mudd_layers = config.which(lambda row: row.mudd)
+        if self.mudd_layers:
+            kaiming = torch.empty(2, MUDD_HIDDEN, dim).uniform_(-(dim**-0.5), dim**-0.5)  # with a = sqrt(5)
+            self.mudd_w1 = nn.Parameter(kaiming.to(dtype))
+            self.mudd_w2 = weight(MUDD_LAYER + MUDD_END, MUDD_HIDDEN)
+            # The coefficients at first: gates of 2, the factors of `Mix` as elsewhere, and the "backout" [40].
+            layer = [0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
+            self.mudd_bias = nn.Parameter(torch.tensor([*layer, 0, -0.5, 0, 0, 0]) / 0.1)
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
-        return token_losses(self.stream(inputs, context), self.lm_head, targets).sum()
+        return training_loss(self.stream(inputs, context), self.lm_head, targets, context.mtp)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
@@ -557,48 +804,113 @@ class GPT(nn.Module):
         """What the head reads: the normed stream (T, D) after the last layer."""
         config = self.config
         docs = (inputs == config.bos_id).cumsum(0)
-        masks = {name: make_mask(docs, window) for name, window in zip(("short", "long"), context.windows)}
-        dtype = self.embed.dtype
-        resid, post, from_x0 = (p.to(dtype) for p in (self.resid_lambdas, self.post_lambdas, self.x0_lambdas))
-        values = self.value_rows(inputs)
-        attention, mlps = self.attention_weights(), self.mlp_bank.unbind()
+        begins = docs != previous(docs)
+        begins[0] = True  # a sequence may begin inside a document
+        masks = self.masks(docs, context.windows)
+        weights = self.attention_weights()
+        mlps = self.mlp_bank.unbind()
+        mixes = self.static_mixes()
 
-        x = x0 = norm(F.embedding(inputs, self.embed))
-        for i, layer in enumerate(config.layers):
+        x = F.embedding(inputs, self.embed)
+        if config.smear:
+            x = smear(x, begins, self.smear_gate, self.smear_lambda.to(x.dtype))
+        x = x0 = norm(x)
+        bigram = None
+        if config.bigram:
+            bigram = bigram_embedding(inputs, begins, self.bigram_table, self.bigram_signs)
+            x = add_channels(x, mixes[0].bigram * bigram)
+        values = self.value_rows(inputs)
+        start, after = x, []  # the stream at the start, and after each layer
+
+        for i, layer in enumerate(self.rows):
+            mix, origin, added = mixes[i], x0, None
+            row = None if layer.value_embed is None else values[layer.value_embed]
+            if layer.skip is not None:
+                x = gated_skip(x, after[layer.skip], x0, self.skip_lambda.to(x.dtype), self.skip_gate)
+            if layer.mudd:
+                x, added, mix, origin = *self.mudd(x, start, after[config.mudd_sources[0]], row), start
             if layer.attention != "none":
-                mix = self.attention(norm(x), layer, next(attention), values.get(i), masks[layer.window], context)
-                x = weighted_sum((resid[i, 0], post[i, 0], from_x0[i]), (x, mix, x0))
-            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], resid[i, 1], post[i, 1])
+                a = norm(x if layer.reads is None else after[layer.reads])
+                if row is not None and not layer.mudd:
+                    added = gated_values(a, row, self.value_gates[self.gated_layers.index(i)])
+                mask = masks[layer.attention, layer.window]
+                y = self.attention(i, a, added, begins, next(weights), mask, context)
+                x = take_up(x, mix, y, origin, bigram)
+            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post)
+            after.append(x)
+        if self.mudd_layers:
+            first, second, third = (after[i] for i in config.mudd_sources)
+            sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
+            coefficients = mudd_coefficients(x, *self.mudd_weights(1))
+            x = weighted_sum((1.0, *coefficients), (x, *sources))
         return norm(x)
+
+    def masks(self, docs: Tensor, windows) -> dict[tuple[str, str], BlockMask | Tensor]:
+        """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
+        masks = {}
+        for layer in self.rows:
+            kind = layer.attention, layer.window
+            if layer.attention != "none" and kind not in masks:
+                each = docs.repeat_interleave(2) if layer.attention == "paired" else docs
+                masks[kind] = make_mask(each, windows[layer.window == "long"])
+        return masks
 
     def attention_weights(self):
         """Yields (W_qk (2D, D), W_v, W_o) of each layer with attention, each times its scalar [47]."""
-        heads, dim = self.config.heads, self.config.dim
+        attending, dim = len(self.config.attention_layers), self.config.dim
         qkv, out = (p.to(self.vo_bank.dtype) for p in (self.qkv_lambdas, self.out_lambdas))
         qk, vo = self.qk_bank.unbind(), self.vo_bank.unbind()
-        for n in range(len(self.config.attention_layers)):
-            w_qk = torch.cat(qk[n * heads : (n + 1) * heads]).view(2 * dim, dim)
+        count = 2 * dim // self.qk_bank.size(1)  # matrices of qk_bank a layer
+        for n in range(attending):
+            w_qk = torch.cat(qk[n * count : (n + 1) * count])
             yield qkv[n] * w_qk, qkv[n] * vo[2 * n], out[n] * vo[2 * n + 1]
 
-    def value_rows(self, inputs: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer: the value-embedding row (T, D) of each token, and the weight (H, 12) of its gate."""
-        config, layers = self.config, self.config.value_layers
-        if not layers:
-            return {}
-        offsets = torch.arange(self.value_embeds.size(0) // config.padded_vocab, device=inputs.device)
-        rows = F.embedding(inputs + config.padded_vocab * offsets[:, None], self.value_embeds).unbind()
-        return {i: (rows[config.layers[i].value_embed], gate) for i, gate in zip(layers, self.value_gates.unbind())}
+    def static_mixes(self) -> list[Mix]:
+        """The learned scalars of each layer, in the dtype of the stream."""
+        dtype = self.embed.dtype
+        resid, post = (p.to(dtype).unbind() for p in (self.resid_lambdas, self.post_lambdas))
+        start = self.x0_lambdas.to(dtype).unbind()
+        bigram = self.bigram_lambdas.to(dtype).unbind() if self.config.bigram else [None] * len(start)
+        return [Mix(r[0], p[0], s, b, r[1], p[1]) for r, p, s, b in zip(resid, post, start, bigram)]
 
-    def attention(self, a: Tensor, layer: Layer, weights, value, mask, context: Context) -> Tensor:
-        """The attention of one layer on a (T, D); `value` is its value-embedding rows and gate, or None."""
-        heads, dim = self.config.heads, self.config.head_dim
+    def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The row (T, D) of each token in each value-embedding table."""
+        if not self.value_layers:
+            return ()
+        vocab = self.config.padded_vocab
+        offsets = vocab * torch.arange(len(self.value_embeds) // vocab, device=inputs.device)
+        return F.embedding(inputs + offsets[:, None], self.value_embeds).unbind()
+
+    def mudd_weights(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
+        """W1, W2 and bias of the network before the MUDD layer (place 0) or after the last layer (place 1)."""
+        part = slice(0, MUDD_LAYER) if place == 0 else slice(MUDD_LAYER, None)
+        return self.mudd_w1[place], self.mudd_w2[part], self.mudd_bias[part].to(self.mudd_w2.dtype)
+
+    def mudd(self, x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None):
+        """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
+        c = mudd_coefficients(x, *self.mudd_weights(0))
+        to_v, to_x, (gate0, gate1), factors = c[:3], (c[3], c[4], 1 + c[5]), c[6:8], c[8:]
+        added = weighted_sum(to_v, (start, earlier, x))
+        if row is not None:
+            first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
+            added = added + torch.cat((gate0 * first, gate1 * second), dim=1)
+        bigram = factors[3] if self.config.bigram else None
+        mix = Mix(factors[0], factors[1], factors[2], bigram, factors[4], factors[5])
+        return weighted_sum(to_x, (start, earlier, x)), added, mix
+
+    def attention(self, i: int, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
+        """Attention of layer i on its input a (T, D), with `added` (T, D) to the values."""
+        config, layer, n = self.config, self.rows[i], self.config.attention_layers.index(i)
         w_qk, w_v, w_o = weights
-        qk = norm_and_rotate((a @ w_qk.T).view(-1, 2 * heads, dim), context.cos, context.sin)
-        q, k = qk.chunk(2, dim=1)  # (T, H, d)
-        v = (a @ w_v.T).view(-1, heads, dim)
-        if value is not None:
-            v = add_values(v, a, *value)
-        return attend(q, k, v, mask, context.scale).reshape(-1, heads * dim) @ w_o.T
+        offset, paired = config.key_offset and layer.window == "long", layer.attention == "paired"
+        qk = (a @ w_qk.T).unflatten(1, (2 * config.heads, -1))
+        q, k = prepare_qk(qk, begins, context.cos, context.sin, offset, paired)
+        v = a @ w_v.T if added is None else torch.addmm(added, a, w_v.T)
+        v = v.unflatten(1, (config.heads, -1))
+        y = attend(q, k, pair_heads(v) if paired else v, mask, context.scale)
+        alpha = self.xsa_alphas[self.xsa_layers.index(i)].to(v.dtype) if layer.xsa else None
+        gate = self.attention_gates[n] if config.attention_gate else None
+        return finish_heads(unpair_heads(y) if paired else y, v, alpha, a, gate) @ w_o.T
 
 
 # ======================================================================================================================
@@ -615,16 +927,18 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 SMALL = tuple(name for name, row in ADAM_TABLE.items() if not row.sharded)
 # Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
-REDUCE_ORDER = (*SMALL, *MUON_BANKS, "value_embeds", "lm_head", "embed")
+TABLES = ("bigram_table", "value_embeds", "lm_head", "embed")
+REDUCE_ORDER = (*SMALL, *MUON_BANKS, *TABLES)
 # Updates: small and memory-bound ones first, so that their gathers travel while Muon computes.
-UPDATE_ORDER = (*SMALL, "value_embeds", "lm_head", "embed", *MUON_BANKS)
+UPDATE_ORDER = (*SMALL, *TABLES, *MUON_BANKS)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
 def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bias2) -> None:
-    """One step of Adam with cautious weight decay, in place, on flat tensors (one graph serves them all).
+    """One step of Adam with cautious weight decay, in place, on flat tensors, so that one graph serves them all.
 
-    All from `lr` on are 0-d tensors, lest each learning rate make a graph. `decay` is lr^2 * wd; bias1 and bias2 are 1 - beta^t. The arithmetic is float32 whatever the parameter's dtype is.
+    All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 * wd, bias1 and bias2 are
+    1 - beta^t. The arithmetic is float32 whatever the parameter's dtype is.
     """
     grad, value = grad.float(), p.float()
     exp_avg.lerp_(grad, 1 - beta1)
@@ -668,7 +982,7 @@ class Optimizer:
         self.state: dict[str, dict[str, Tensor]] = {}
         self.updates = dict.fromkeys(ADAM_TABLE, 0)  # Adam's t, each parameter's own
         self.tied = settings.stages[0].tied
-        for name in UPDATE_ORDER:
+        for name in self.params:
             part = self.part(name)
             state = {"exp_avg": torch.zeros_like(part, dtype=torch.float32)}
             if name in MUON_BANKS:
@@ -862,7 +1176,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
                 lengths[path] = np.diff(np.append(shard.starts, len(shard.tokens)))
             document, limit = 0, None
             while len(plan) < settings.total_steps:
-                stage = settings.stage_at(len(plan))
+                stage, _ = settings.stage_at(len(plan))
                 if limit != stage.max_seq_len:
                     limit = stage.max_seq_len
                     ends = np.concatenate(([0], np.cumsum(np.minimum(lengths[path], limit))))
@@ -1002,11 +1316,11 @@ class World:
     size: int
     device: torch.device
 
-    def barrier_broadcast(self, model: nn.Module) -> None:
-        """Gives every rank the parameters of rank 0."""
+    def broadcast(self, model: nn.Module) -> None:
+        """Gives every rank the parameters and buffers of rank 0."""
         if self.size > 1:
-            for p in model.parameters():
-                dist.broadcast(p.data, src=0)
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.data, src=0)
 
 
 def start_processes() -> World:
@@ -1037,15 +1351,16 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     return getattr(torch, settings.dtype)
 
 
+def divides(settings: Settings, slices: int, world_size: int) -> bool:
+    """Whether every batch can be cut into this many slices, and the slices shared out over the processes."""
+    return slices % world_size == 0 and all(stage.batch_tokens % slices == 0 for stage in settings.all_stages)
+
+
 def check_divisions(settings: Settings, world_size: int) -> None:
     """UserError unless slices share out evenly over batches and processes, and validation over its sequences."""
-    batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-
-    def works(slices: int) -> bool:
-        return slices % world_size == 0 and all(batch % slices == 0 for batch in batches)
-
-    if settings.slices < 1 or not works(settings.slices):
-        fits = [n for n in range(1, batches[0] + 1) if works(n)]
+    if not divides(settings, settings.slices, world_size):
+        batches = sorted({stage.batch_tokens for stage in settings.all_stages})
+        fits = [n for n in range(1, batches[0] + 1) if divides(settings, n, world_size)]
         nearest = sorted(sorted(fits, key=lambda n: abs(n - settings.slices))[:2])
         advice = f"nearest that work: --slices {' or '.join(map(str, nearest))}" if nearest else "use fewer processes"
         raise UserError(
@@ -1167,7 +1482,8 @@ class Log:
             f"git: {git_state()}",
             f"settings: {json.dumps(dataclasses.asdict(self.settings))}",
         ]
-        lines += [f"data: {part} {path} {count:,} tokens" for part, each in files.items() for path, count in each.items()]
+        for part, sizes in files.items():
+            lines += [f"data: {part} {path} {count:,} tokens" for path, count in sizes.items()]
         self.file.write("\n".join((*lines, self.RULE, "")).encode())
         self.file.flush()
         self.say(f"log: {self.path}")
@@ -1311,11 +1627,11 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
     for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0):
         context = make_context(settings.model, length, windows, model.embed)
+        context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
             train_step(objective, dummy(1, length + 1), context, settings.slices)
-            optimizer.step(Hyper(stage, lr=1.0, momentum=0.95, adam=adam))
-    final = (settings.val_short_window, settings.val_long_window)
-    for windows in dict.fromkeys([final, *(stage.windows for stage in settings.all_stages)]):
+            optimizer.step(replace(schedule(settings, 0), stage=stage, adam=adam))
+    for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, dummy(world.size, settings.val_seq_len + 1), context, world)
 
@@ -1348,7 +1664,7 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
 
     torch.manual_seed(settings.seed)
     model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
-    world.barrier_broadcast(model)
+    world.broadcast(model)
     optimizer = Optimizer(model, settings, world.rank, world.size)
     log = Log(settings, world)
     try:
@@ -1360,7 +1676,15 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
         objective = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
         log.say(f"warm-up: compiling for {model.embed.dtype} on {device.type}")
         begin = time.perf_counter()
-        warm_up(settings, model, objective, optimizer, world)
+        try:
+            warm_up(settings, model, objective, optimizer, world)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            largest = max(stage.batch_tokens for stage in settings.all_stages)
+            fits = [n for n in range(2 * settings.slices, largest + 1) if divides(settings, n, world.size)]
+            advice = f"try --slices {fits[0]}" if fits else "no number of slices helps"
+            raise UserError(f"out of memory with {settings.slices} slices; {advice}") from None
         log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
         peak = measure_peak(device, model.embed.dtype) * world.size
         gc.collect()
@@ -1387,13 +1711,14 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
                     log.line(f"loss is not finite: step {step}")
                     raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped (log: {log.path})")
             speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
-            share = speed * flops(settings.stage_at(step - 1)) / peak
+            share = speed * flops(settings.stage_at(step - 1)[0]) / peak
             log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM)
 
     batches = training_batches(plan, settings.model, range(world.rank * own, (world.rank + 1) * own))
     batches = prefetch(tokens.pin_memory() if losses.cuda else tokens for tokens in batches)
+    mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=world.device)
     context = stage = None
     clock.start()
     for step in range(total + 1):
@@ -1401,19 +1726,20 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
         if step == total or step % settings.val_every == 0:
             report(losses.drain(step))
             clock.stop()
-            final = (settings.val_short_window, settings.val_long_window)
-            windows = final if step == total else hyper.stage.windows
-            wide = make_context(settings.model, settings.val_seq_len, windows, model.embed)
+            windows = final_windows(settings) if step == total else hyper.stage.windows
+            rotary = rotary_state(settings, step)
+            wide = make_context(settings.model, settings.val_seq_len, windows, model.embed, rotary)
             loss = validate(model, sequences, wide, world)
             log.line(f"step:{step}/{total} val_loss:{loss:.4f} {timing(clock.total, step)}")
             clock.start()
         if step == total:
             break
-        if hyper.stage is not stage:
+        if hyper.stage != stage:
             stage = hyper.stage
-            context = make_context(settings.model, plan[step].length, stage.windows, model.embed)
+            rotary = rotary_state(settings, step)
+            context = make_context(settings.model, plan[step].length, stage.windows, model.embed, rotary)
         tokens = next(batches).to(world.device, non_blocking=True)
-        loss = train_step(objective, tokens, context, settings.slices)
+        loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
         report(losses.record(step, loss, bool(stop.signum)))
     batches.close()
@@ -1493,7 +1819,7 @@ def print_plan(settings: Settings, world: World) -> None:
         print(f"{label:>10}{stage.steps:>7}{stage.batch_tokens:>10,}{cut:>15}{stage.max_seq_len:>13,}{windows:>13}{lr}")
         tokens += stage.steps * stage.batch_tokens
         total_flops += stage.steps * stage.batch_tokens * flops(stage)
-    print(f"training tokens: {tokens / 1e6:.1f}M, validation on {settings.val_tokens:,} every {settings.val_every} steps")
+    print(f"training tokens: {tokens / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
     print(f"arithmetic: {total_flops / tokens / 1e9:.2f} GFLOP a token, {total_flops / 1e15:.3g} PFLOP in all")
     print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
     peak = measure_peak(world.device, dtype) * world.size
@@ -1572,7 +1898,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
 
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32")}
-POSITIVE = ("steps", "epochs", "slices", "val_tokens", "val_seq_len", "val_every", "val_short_window", "val_long_window")
+POSITIVE = ("steps", "epochs", "slices", "heads", "val_tokens", "val_seq_len", "val_every")
 
 
 def checked_value(name: str, kind, text: str):
@@ -1592,7 +1918,7 @@ def checked_value(name: str, kind, text: str):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + signal."""
+    """Runs the command line. Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal."""
     main_rank = os.environ.get("RANK", "0") == "0"
 
     def complain(text: str) -> None:

@@ -1,0 +1,290 @@
+"""Attention: masks, banded attention and FlexAttention against a dense masked softmax in float64; rotary embedding.
+
+The rule, from which all that is expected here is worked out pair by pair: query i sees key j when j <= i, both are of
+the same document, and i - j <= window.
+"""
+
+import cmath
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from train_gpt import BLOCK, attend, block_mask, make_mask, norm_and_rotate, rotary_frequencies, rotary_tables
+
+SCALE = 0.3
+
+
+def allowed_pairs(docs, window):
+    """The rule, as a (T, T) table of queries and keys."""
+    i, j = torch.arange(len(docs))[:, None], torch.arange(len(docs))[None, :]
+    return (j <= i) & (docs[i] == docs[j]) & (i - j <= window)
+
+
+def dense_attention(q, k, v, allowed):
+    """Masked softmax attention of q, k, v (T, H, d), with every pair written out, in the inputs' dtype."""
+    logits = SCALE * torch.einsum("ihc,jhc->hij", q, k)
+    weights = logits.exp() * allowed
+    return torch.einsum("hij,jhc->ihc", weights / weights.sum(-1, keepdim=True), v)
+
+
+def random_docs(length, boundaries, generator):
+    """Document numbers (T,); `boundaries` is the chance that a token begins a document."""
+    return (torch.rand(length, generator=generator) < boundaries).long().cumsum(0)
+
+
+def random_qkv(length, generator, heads=2, dim=16):
+    return [torch.randn(length, heads, dim, generator=generator) for _ in range(3)]
+
+
+def assert_equals_dense_attention(docs, window, generator):
+    qkv = [x.requires_grad_() for x in random_qkv(len(docs), generator)]
+    output = attend(*qkv, make_mask(docs, window), torch.tensor(SCALE))
+    weight = torch.randn(output.shape, generator=generator)
+    gradients = torch.autograd.grad((output * weight).sum(), qkv)
+
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    expected = dense_attention(*exact, allowed_pairs(docs, window))
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), exact)
+    for what, mine, true in zip("oqkv", (output, *gradients), (expected, *expected_gradients), strict=True):
+        error = (mine.double() - true).abs().max().item()
+        assert error <= 1e-5, f"{what}: {error:.1e} with window {window} and documents {docs.tolist()}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Banded attention
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "boundaries"),
+    [
+        (1, 1, 0.0),
+        (2, 1, 0.0),
+        (40, 1, 0.1),
+        (40, 8, 0.0),  # whole chunks, one document
+        (43, 8, 0.0),  # the last chunk is not full
+        (43, 8, 0.1),
+        (41, 40, 0.0),
+        (40, 40, 0.1),
+        (39, 40, 0.1),  # window beyond the sequence
+        (30, 1000, 0.1),
+        (33, 7, 1.0),  # documents of one token
+        (33, 7, 0.6),
+        (150, 64, 0.02),
+    ],
+)
+def test_banded_attention_and_its_gradients_equal_dense_masked_softmax(length, window, boundaries):
+    generator = torch.Generator().manual_seed(length + window)
+    docs = random_docs(length, boundaries, generator)
+    assert_equals_dense_attention(docs, window, generator)
+
+
+def test_banded_attention_and_its_gradients_equal_dense_masked_softmax_for_random_shapes():
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        length, window = (int(torch.randint(1, most, (), generator=generator)) for most in (80, 40))
+        boundaries = float(torch.rand((), generator=generator)) ** 3
+        assert_equals_dense_attention(random_docs(length, boundaries, generator), window, generator)
+
+
+def test_numbers_of_a_masked_key_are_never_read():
+    generator = torch.Generator().manual_seed(0)
+    docs, window = random_docs(50, 0.1, generator), 6
+    q, k, v = random_qkv(50, generator)
+    before = attend(q, k, v, make_mask(docs, window), torch.tensor(SCALE))
+    k[20], v[20] = 1e4, 1e4
+    after = attend(q, k, v, make_mask(docs, window), torch.tensor(SCALE))
+    sees = allowed_pairs(docs, window)[:, 20]
+    assert torch.equal(before[~sees], after[~sees])
+    assert not torch.isclose(before[sees], after[sees]).all(dim=(1, 2)).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FlexAttention. Uncompiled, it ignores the lists of blocks and asks the rule about every pair; so the lists are tested
+# by brute force and by compiled runs, and the rule by uncompiled ones. On CPUs it has no backward pass.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def listed_blocks(counts, indices):
+    """The (query block, key block) pairs of one of a BlockMask's two lists."""
+    rows = [indices[0, 0, row, :count].tolist() for row, count in enumerate(counts[0, 0].tolist())]
+    pairs = [(row, column) for row, columns in enumerate(rows) for column in columns]
+    assert len(set(pairs)) == len(pairs), "a block is listed twice"
+    return set(pairs)
+
+
+def partial_and_full_blocks(mask):
+    return (
+        listed_blocks(mask.kv_num_blocks, mask.kv_indices),
+        listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+
+
+def blocks_by_brute_force(docs, window):
+    """Blocks with an allowed pair, and blocks off the diagonal with no forbidden one, by looking at all pairs.
+
+    A last block that is not whole counts as full when it would be, were its document longer.
+    """
+    count = math.ceil(len(docs) / BLOCK)
+    filled = torch.cat((docs, docs[-1:].expand(count * BLOCK - len(docs))))
+    allowed = allowed_pairs(filled, window).numpy()
+    real = np.zeros_like(allowed)
+    real[: len(docs), : len(docs)] = True
+    blocks = (count, BLOCK, count, BLOCK)
+    some = (allowed & real).reshape(blocks).any(axis=(1, 3))
+    whole = allowed.reshape(blocks).all(axis=(1, 3))
+    return {(r, c) for r, c in np.argwhere(some).tolist()}, {(r, c) for r, c in np.argwhere(whole).tolist() if r != c}
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 512, 571])
+def test_block_mask_lists_exactly_the_blocks_with_an_allowed_pair_and_as_full_those_without_a_forbidden_one(length):
+    generator = torch.Generator().manual_seed(length)
+    for boundaries in (0.0, 0.003, 0.01, 0.1, 1.0):
+        for window in (1, 2, 127, 128, 129, 130, 254, 255, 256, 257, 384, 1000):
+            docs = random_docs(length, boundaries, generator)
+            partial, full = partial_and_full_blocks(block_mask(docs, torch.tensor(window)))
+            some, whole = blocks_by_brute_force(docs, window)
+            assert partial | full == some, f"window {window}, documents {docs.tolist()}"
+            assert full == whole, f"window {window}, documents {docs.tolist()}"
+            assert not partial & full
+
+
+def test_documents_that_begin_and_end_with_a_block_share_no_block():
+    docs = torch.arange(4).repeat_interleave(BLOCK)
+    partial, full = partial_and_full_blocks(block_mask(docs, torch.tensor(1000)))
+    assert (partial, full) == ({(0, 0), (1, 1), (2, 2), (3, 3)}, set())
+    docs = torch.arange(4).repeat_interleave(BLOCK)[1:]  # now each has one token in the block of the one before
+    partial, full = partial_and_full_blocks(block_mask(docs, torch.tensor(1000)))
+    assert partial | full == {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 100, 1000])
+def test_flex_attention_with_the_rule_of_block_mask_equals_dense_masked_softmax(window):
+    generator = torch.Generator().manual_seed(window)
+    docs = random_docs(300, 0.02, generator)
+    q, k, v = random_qkv(300, generator)
+    output = attend(q, k, v, block_mask(docs, torch.tensor(window)), torch.tensor(SCALE))
+    expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
+    assert (output - expected).abs().max() <= 1e-5
+
+
+compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+def run_compiled(q, k, v, mask):
+    """FlexAttention on q, k, v (T, H, d), compiled: the kernel that walks the lists of blocks."""
+    q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+    with torch.compiler.set_stance("default"), torch.no_grad():
+        return compiled_flex_attention(q, k, v, block_mask=mask, scale=SCALE)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("length", [3 * BLOCK, 2 * BLOCK + 44])
+def test_compiled_flex_attention_with_block_mask_equals_dense_masked_softmax(length):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = random_qkv(length, generator)
+    for boundaries in (0.0, 0.004, 0.1, 1.0):
+        for window in (1, 100, 129, 255, 300, 1000):
+            docs = random_docs(length, boundaries, generator)
+            output = run_compiled(q, k, v, block_mask(docs, torch.tensor(window)))
+            expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
+            assert (output - expected).abs().max() <= 1e-5, f"window {window}, documents {docs.tolist()}"
+
+
+def without_block(mask, row, column):
+    """A copy of the mask in whose lists the block (row, column) is missing."""
+    lists = []
+    pairs = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    for counts, indices in pairs:
+        counts, indices = counts.clone(), indices.clone()
+        columns = indices[0, 0, row, : counts[0, 0, row]].tolist()
+        if column in columns:
+            columns.remove(column)
+            counts[0, 0, row] -= 1
+            indices[0, 0, row, : len(columns)] = torch.tensor(columns, dtype=indices.dtype)
+        lists += [counts, indices]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask.mask_mod, seq_lengths=mask.seq_lengths)
+
+
+def test_compiled_flex_attention_needs_every_block_of_the_lists():
+    length, window = 3 * BLOCK, 300  # the corner of the lower triangle is partial, the blocks beside the diagonal full
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = random_qkv(length, generator)
+    docs = torch.zeros(length, dtype=torch.long)
+    mask = block_mask(docs, torch.tensor(window))
+    expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
+    partial, full = partial_and_full_blocks(mask)
+    assert (partial, full) == ({(0, 0), (1, 1), (2, 2), (2, 0)}, {(1, 0), (2, 1)})
+    for row, column in partial | full:
+        error = (run_compiled(q, k, v, without_block(mask, row, column)) - expected).abs().amax(dim=(1, 2))
+        here = torch.arange(length) // BLOCK == row
+        assert not (error[here] <= 1e-3).all(), f"block {row, column} was not needed"
+        assert (error[~here] <= 1e-5).all(), f"block {row, column} was needed by other queries"
+
+
+def test_new_windows_and_documents_compile_nothing_anew():
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def masked_attention(q, k, v, docs, window):
+        return flex_attention(q, k, v, block_mask=block_mask(docs, window), scale=SCALE)
+
+    compiled = torch.compile(masked_attention, backend=backend, dynamic=False, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = random_qkv(2 * BLOCK, generator)
+    for window in (1, 100, 200, 1000):
+        docs = random_docs(2 * BLOCK, 0.02, generator)
+        with torch.compiler.set_stance("default"), torch.no_grad():
+            output = compiled(*(x.transpose(0, 1)[None] for x in (q, k, v)), docs, torch.tensor(window))
+        expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
+        assert (output[0].transpose(0, 1) - expected).abs().max() <= 1e-5
+        assert len(graphs) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# QK norm and rotary embedding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
+    frequencies = rotary_frequencies(128).tolist()
+    assert frequencies == pytest.approx([1024 ** (-j / 31) for j in range(32)], rel=1e-6)
+    assert (frequencies[0], frequencies[-1]) == pytest.approx((1, 1 / 1024), rel=1e-6)
+    assert rotary_frequencies(12).tolist() == pytest.approx([1, 1 / 32, 1 / 1024], rel=1e-6)
+
+
+def test_one_rotation_worked_by_hand():
+    # (3, 4, 0, …) of eight has mean square 25 / 8: its norm is (1.69706, 2.26274, 0, …); it turns by one radian back.
+    x = torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0]).repeat(2, 1, 1)
+    x[1, 0, 7] = 5 * 3**0.5  # of the half that stays: now the mean square is 100 / 8, and the norm is half as long
+    rotated = norm_and_rotate(x, *rotary_tables(rotary_frequencies(8), 2, torch.float32))
+    assert rotated[0, 0].tolist() == pytest.approx([1.697056, 2.262742, 0, 0, 0, 0, 0, 0], abs=1e-5)
+    cos, sin = 0.5403023, 0.8414710
+    even, odd, last = 0.848528, 1.131371, 2.449490
+    turned = [cos * even + sin * odd, cos * odd - sin * even]
+    assert rotated[1, 0].tolist() == pytest.approx([*turned, 0, 0, 0, 0, 0, last], abs=1e-5)
+    assert turned == pytest.approx([1.410475, -0.102732], abs=1e-5)
+
+
+def test_the_first_half_of_the_normed_channels_turns_as_complex_numbers_and_the_second_stays():
+    length, heads, dim = 9, 2, 24
+    x = 3 * torch.randn(length, heads, dim, generator=torch.Generator().manual_seed(0))
+    x[4] *= 1e-4  # so small that the norm's epsilon counts
+    rotated = norm_and_rotate(x, *rotary_tables(rotary_frequencies(dim), length, torch.float32))
+    for t in range(length):
+        for h in range(heads):
+            channels = x[t, h].tolist()
+            size = math.sqrt(sum(c * c for c in channels) / dim + 2**-23)
+            normed = [c / size for c in channels]
+            expected = normed[:]
+            for j in range(dim // 4):
+                turn = cmath.exp(-1j * t * 1024 ** (-j / (dim // 4 - 1)))
+                turned = complex(normed[2 * j], normed[2 * j + 1]) * turn
+                expected[2 * j : 2 * j + 2] = turned.real, turned.imag
+            assert rotated[t, h].tolist() == pytest.approx(expected, abs=2e-6)

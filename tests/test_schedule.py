@@ -1,0 +1,127 @@
+"""The schedule of the record, worked out by hand from the recipe's table, and how --steps shrinks it."""
+
+import itertools
+import re
+
+import pytest
+
+from train_gpt import PRESETS, UserError, parse_arguments, schedule, with_steps
+
+RECORD = PRESETS["record"]
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        (0, 1.0),
+        (299, 1.0),
+        (459, 1.0),
+        (460, 1.52),  # stage 2
+        (552, 1.52),  # the last step at full rate: the cooldown takes the other 828
+        (553, 1.52 * 827 / 828 + 0.15 / 828),
+        (919, 1.52 * 461 / 828 + 0.15 * 367 / 828),
+        (920, 1.73 * 460 / 828 + 0.15 * 368 / 828),  # stage 3
+        (1379, 1.73 * 1 / 828 + 0.15 * 827 / 828),
+        (1380, 0.15),  # the extension
+        (1389, 0.15),
+    ],
+)
+def test_the_learning_rate_is_constant_for_two_fifths_and_then_falls_to_015(step, lr):
+    assert schedule(RECORD, step).lr == pytest.approx(lr, rel=1e-9)
+
+
+def test_the_learning_rate_jumps_from_0913_to_1028_at_step_920():
+    assert schedule(RECORD, 919).lr == pytest.approx(0.913, abs=5e-4)
+    assert schedule(RECORD, 920).lr == pytest.approx(1.028, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("step", "momentum"),
+    [(0, 0.85), (150, 0.9), (299, 0.949667), (300, 0.95), (919, 0.95), (1340, 0.95), (1379, 0.872), (1389, 0.852)],
+)
+def test_the_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, momentum):
+    assert schedule(RECORD, step).momentum == pytest.approx(momentum, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "batch_tokens", "max_seq_len", "windows", "tied"),
+    [
+        (0, 459, 131_072, 896, (128, 384), True),
+        (460, 919, 262_144, 2048, (384, 896), True),
+        (920, 1379, 393_216, 2048, (640, 1408), False),
+        (1380, 1389, 393_216, 2048, (768, 1664), False),
+    ],
+)
+def test_the_stages_begin_and_end_where_the_recipe_says(first, last, batch_tokens, max_seq_len, windows, tied):
+    for step in (first, last):
+        stage = schedule(RECORD, step).stage
+        assert (stage.batch_tokens, stage.max_seq_len) == (batch_tokens, max_seq_len)
+        assert (stage.windows, stage.tied) == (windows, tied)
+
+
+def test_the_final_validation_has_windows_of_its_own():
+    assert (RECORD.val_short_window, RECORD.val_long_window) == (768, 2560)
+
+
+def test_adam_runs_on_odd_steps():
+    assert [step for step in range(9) if schedule(RECORD, step).adam] == [1, 3, 5, 7]
+
+
+def test_dry_run_prints_the_totals_of_the_recipe(train_gpt, tmp_path):
+    plan = train_gpt("--preset", "record", "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    # 460 x 131,072 + 460 x 262,144 + 470 x 393,216 tokens; 38.6M in the head, 51.9M in MLPs, 23.6M in attention
+    assert re.search(r"training tokens: 365\.7M\b", plan.stdout)
+    assert re.search(r"active matrix parameters: 114\.1M\b.*38\.6M.*51\.9M.*23\.6M", plan.stdout)
+    assert "1,390 steps" in plan.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lengths(settings):
+    return [stage.steps for stage in settings.all_stages]
+
+
+def test_200_steps_share_out_like_1390():
+    short, dry_run = parse_arguments(["--preset", "record", "--steps", "200"])
+    assert not dry_run
+    assert lengths(short) == [66, 66, 67, 1]  # the stages end at 66.2, 132.4, 198.6 and 200
+    assert (short.momentum_warmup, short.momentum_cooldown) == (43, 7)  # of 43.2 and 7.2
+
+
+def test_four_steps_are_one_step_a_stage():
+    short = with_steps(RECORD, 4)
+    assert lengths(short) == [1, 1, 1, 1]
+    windows = [schedule(short, step).stage.windows for step in range(4)]
+    assert windows == [(128, 384), (384, 896), (640, 1408), (768, 1664)]
+    assert schedule(short, 3).lr == pytest.approx(0.15)
+
+
+def test_fewer_steps_than_stages_are_refused():
+    with pytest.raises(UserError, match="--steps 3"):
+        with_steps(RECORD, 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_number_of_steps_is_met_exactly_and_leaves_no_stage_empty(preset):
+    full = PRESETS[preset]
+    ends = list(itertools.accumulate(lengths(full)))
+    for steps in (*range(4, 120), 200, 489, 1000, 1390, 1391, 5000):
+        short = with_steps(full, steps)
+        assert short.total_steps == steps
+        assert min(lengths(short)) >= 1
+        assert min(short.momentum_warmup, short.momentum_cooldown) >= 1
+        # A stage ends within half a step of its share, or a step early, to leave a step to each that follows.
+        for end, whole in zip(itertools.accumulate(lengths(short)), ends, strict=True):
+            assert -1 < end - whole * steps / full.total_steps <= 0.5
+        assert schedule(short, steps - 1).lr == pytest.approx(full.final_lr)
+
+
+def test_as_many_steps_as_the_preset_has_change_nothing():
+    same = with_steps(RECORD, 1390)
+    assert (same.stages, same.extension) == (RECORD.stages, RECORD.extension)
+    assert (same.momentum_warmup, same.momentum_cooldown) == (300, 50)

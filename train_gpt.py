@@ -28,15 +28,14 @@ import json
 import math
 import os
 import platform
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 import typing
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -279,36 +278,39 @@ FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/em
 
 @dataclass(frozen=True)
 class AdamRow:
-    """One row of Adam's table: the parameter's betas and its factors of learning rate and weight decay."""
+    """One row of Adam's table: a parameter's start, its betas, and its factors of learning rate and weight decay."""
 
+    start: float | str  # a constant, or what `GPT` makes of it
     betas: tuple[float, float]
     lr: float
     wd: float
-    sharded: bool = False  # ranks update a part each; small parameters are updated whole by every rank
+    sharded: bool = False  # each rank updates a part; small parameters are updated whole by every rank
+    float32: bool = False  # whatever the dtype of the run is
 
 
 ADAM_TABLE = {
-    "lm_head": AdamRow((0.5, 0.95), 1, 150, sharded=True),
-    "embed": AdamRow((0.5, 0.95), 1, 150, sharded=True),
-    "value_embeds": AdamRow((0.75, 0.95), 75, 5, sharded=True),
-    "bigram_table": AdamRow((0.75, 0.95), 75, 5, sharded=True),
-    "resid_lambdas": AdamRow((0.9, 0.95), 5, 0),
-    "post_lambdas": AdamRow((0.9, 0.95), 1, 0),
-    "x0_lambdas": AdamRow((0.9, 0.95), 1, 0),
-    "bigram_lambdas": AdamRow((0.9, 0.95), 1, 0),
-    "xsa_alphas": AdamRow((0.9, 0.95), 1, 0),
-    "qkv_lambdas": AdamRow((0.9, 0.99), 5, 0),
-    "out_lambdas": AdamRow((0.9, 0.99), 5, 0),
-    "smear_lambda": AdamRow((0.9, 0.99), 5, 0),
-    "skip_lambda": AdamRow((0.9, 0.99), 5, 0),
-    "smear_gate": AdamRow((0.9, 0.99), 0.01, 0),
-    "skip_gate": AdamRow((0.9, 0.99), 0.05, 0),
-    "attention_gates": AdamRow((0.9, 0.99), 1, 1),
-    "value_gates": AdamRow((0.9, 0.99), 1, 1),
-    "mudd_w1": AdamRow((0.9, 0.99), 0.25, 1),
-    "mudd_w2": AdamRow((0.9, 0.99), 0.25, 1),
-    "mudd_bias": AdamRow((0.9, 0.99), 0.25, 0),
+    "lm_head": AdamRow("normal 0.005", (0.5, 0.95), 1, 150, sharded=True),
+    "embed": AdamRow("lm_head^T", (0.5, 0.95), 1, 150, sharded=True),
+    "value_embeds": AdamRow("normal 0.01", (0.75, 0.95), 75, 5, sharded=True),
+    "bigram_table": AdamRow(0, (0.75, 0.95), 75, 5, sharded=True),
+    "resid_lambdas": AdamRow(1.1**0.5, (0.9, 0.95), 5, 0, float32=True),  # a layer makes the stream 1.1 times [45]
+    "post_lambdas": AdamRow(1, (0.9, 0.95), 1, 0, float32=True),
+    "x0_lambdas": AdamRow(0, (0.9, 0.95), 1, 0, float32=True),
+    "bigram_lambdas": AdamRow(0.05, (0.9, 0.95), 1, 0, float32=True),
+    "xsa_alphas": AdamRow(0, (0.9, 0.95), 1, 0, float32=True),
+    "qkv_lambdas": AdamRow(0.5, (0.9, 0.99), 5, 0, float32=True),
+    "out_lambdas": AdamRow(1, (0.9, 0.99), 5, 0, float32=True),
+    "smear_lambda": AdamRow(0, (0.9, 0.99), 5, 0, float32=True),
+    "skip_lambda": AdamRow(-1.5, (0.9, 0.99), 5, 0, float32=True),
+    "smear_gate": AdamRow(0, (0.9, 0.99), 0.01, 0),
+    "skip_gate": AdamRow(0, (0.9, 0.99), 0.05, 0),
+    "attention_gates": AdamRow(0, (0.9, 0.99), 1, 1),
+    "value_gates": AdamRow(0, (0.9, 0.99), 1, 1),
+    "mudd_w1": AdamRow("kaiming", (0.9, 0.99), 0.25, 1),
+    "mudd_w2": AdamRow(0, (0.9, 0.99), 0.25, 1),
+    "mudd_bias": AdamRow("effective values / 0.1", (0.9, 0.99), 0.25, 0, float32=True),
 }
+# NorMuon's: Q and K, V and O, and both matrices of the MLPs, of which the second starts at zero.
 MUON_BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 
 
@@ -736,20 +738,21 @@ class GPT(nn.Module):
         layers, attending = len(rows), len(config.attention_layers)
         self.xsa_layers = config.which(lambda row: row.xsa)
         self.value_layers = config.which(lambda row: row.value_embed is not None)
-        self.gated_layers = tuple(i for i in self.value_layers if not rows[i].mudd)  # MUDD makes its own gates
+        self.mudd_layers = config.which(lambda row: row.mudd)
+        self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
-        def weight(*shape: int, std: float = 0.0) -> nn.Parameter:
-            return nn.Parameter((torch.randn(shape) * std if std else torch.zeros(shape)).to(dtype))
-
-        def scalars(*shape: int, start: float) -> nn.Parameter:
-            return nn.Parameter(torch.full(shape, start))
+        def add(name: str, *shape: int) -> None:
+            row = ADAM_TABLE[name]
+            std = str(row.start).partition("normal ")[2]
+            value = torch.randn(shape) * float(std) if std else torch.full(shape, float(row.start))
+            self.register_parameter(name, nn.Parameter(value if row.float32 else value.to(dtype)))
 
         def bank(matrices: int, *shape: int) -> nn.Parameter:
-            bound = 3**0.5 * 0.5 * dim**-0.5  # a uniform distribution of standard deviation 0.5 / sqrt(D)
             real = torch.empty(matrices, *shape).uniform_(-bound, bound)
             return nn.Parameter(F.pad(real, (0, 0, 0, 0, 0, -matrices % shards)).to(dtype))
 
-        self.lm_head = weight(dim, vocab, std=0.005)
+        bound = 3**0.5 * 0.5 * dim**-0.5  # a uniform distribution of standard deviation 0.5 / sqrt(D)
+        add("lm_head", dim, vocab)
         self.embed = nn.Parameter(self.lm_head.data.T.contiguous())
         # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
         together = 2 if config.head_pairs else heads
@@ -757,35 +760,36 @@ class GPT(nn.Module):
         self.vo_bank = bank(attending * 2, dim, dim)  # per layer V, O
         self.mlp_bank = bank(layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
         self.mlp_bank.data[1 : 2 * layers : 2] = 0
-        self.resid_lambdas = scalars(layers, 2, start=1.1**0.5)  # rho: a layer multiplies the stream by 1.1 [45]
-        self.post_lambdas = scalars(layers, 2, start=1.0)  # pi
-        self.x0_lambdas = scalars(layers, start=0.0)
-        self.qkv_lambdas = scalars(attending, start=0.5)
-        self.out_lambdas = scalars(attending, start=1.0)
+        add("resid_lambdas", layers, 2)
+        add("post_lambdas", layers, 2)
+        add("x0_lambdas", layers)
+        add("qkv_lambdas", attending)
+        add("out_lambdas", attending)
         if config.smear:
-            self.smear_gate = weight(12)
-            self.smear_lambda = scalars(1, start=0.0)
+            add("smear_gate", 12)
+            add("smear_lambda", 1)
         if config.bigram:
-            self.bigram_table = weight(config.bigram_rows * vocab, config.bigram_dim)
-            self.bigram_lambdas = scalars(layers, start=0.05)
-            signs = torch.randint(2, (8192, config.bigram_dim), generator=torch.Generator("cpu").manual_seed(83))
+            add("bigram_table", config.bigram_rows * vocab, config.bigram_dim)
+            add("bigram_lambdas", layers)
+            # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
+            signs = torch.randint(
+                2, (8192, config.bigram_dim), generator=torch.Generator().manual_seed(83), device="cpu"
+            )
             self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
         if self.value_layers:
-            tables = 1 + max(rows[i].value_embed for i in self.value_layers)
-            self.value_embeds = weight(tables * vocab, dim, std=0.01)
-            self.value_gates = weight(len(self.gated_layers), heads, 12)
+            add("value_embeds", (1 + max(rows[i].value_embed for i in self.value_layers)) * vocab, dim)
+            add("value_gates", len(self.gated_layers), heads, 12)
         if self.xsa_layers:
-            self.xsa_alphas = scalars(len(self.xsa_layers), heads, start=0.0)
+            add("xsa_alphas", len(self.xsa_layers), heads)
         if config.attention_gate:
-            self.attention_gates = weight(attending, heads, 12)
+            add("attention_gates", attending, heads, 12)
         if config.which(lambda row: row.skip is not None):
-            self.skip_gate = weight(12)
-            self.skip_lambda = scalars(1, start=-1.5)
-        self.mudd_layers = config.which(lambda row: row.mudd)
+            add("skip_gate", 12)
+            add("skip_lambda", 1)
         if self.mudd_layers:
             kaiming = torch.empty(2, MUDD_HIDDEN, dim).uniform_(-(dim**-0.5), dim**-0.5)  # with a = sqrt(5)
             self.mudd_w1 = nn.Parameter(kaiming.to(dtype))
-            self.mudd_w2 = weight(MUDD_LAYER + MUDD_END, MUDD_HIDDEN)
+            add("mudd_w2", MUDD_LAYER + MUDD_END, MUDD_HIDDEN)
             # The coefficients at first: gates of 2, the factors of `Mix` as elsewhere, and the "backout" [40].
             layer = [0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
             self.mudd_bias = nn.Parameter(torch.tensor([*layer, 0, -0.5, 0, 0, 0]) / 0.1)
@@ -1213,13 +1217,13 @@ def slice_tokens(shard: Shard, batch: Batch, index: int) -> np.ndarray:
 
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
-    shard = None
-    for batch in plan:
-        if shard is None or shard.path != batch.path:
-            shard = read_shard(batch.path, config)
-        if batch.bounds[-1] > len(shard.starts):
-            raise UserError(f"{batch.path}: changed while the run was reading it")
-        yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
+    groups = [list(group) for _, group in itertools.groupby(plan, key=lambda batch: batch.path)]
+    shards = prefetch(read_shard(group[0].path, config) for group in groups)
+    for group, shard in zip(groups, shards):
+        if group[-1].bounds[-1] > len(shard.starts):
+            raise UserError(f"{shard.path}: changed while the run was reading it")
+        for batch in group:
+            yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
 
 
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
@@ -1241,39 +1245,13 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     return stream.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
 
 
-def prefetch(items, depth: int = 2):
-    """Yields what `items` yields, produced ahead by a thread; its exceptions are raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(entry) -> None:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(entry, timeout=0.1)
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if closed.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+def prefetch(items):
+    """Yields what the iterator `items` yields, the next one being made by a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
             yield item
-    finally:
-        closed.set()
-        thread.join()
 
 
 # ======================================================================================================================
@@ -1701,7 +1679,6 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
     total, own = settings.total_steps, settings.slices // world.size
     clock = Clock(world.device)
     losses = Losses(total, world, clock)
-    flops = flops_per_token(settings)
 
     def report(blocks) -> None:
         """Logs what has become known; raises at the first loss that is not finite, and when a rank was to stop."""
@@ -1711,7 +1688,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
                     log.line(f"loss is not finite: step {step}")
                     raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped (log: {log.path})")
             speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
-            share = speed * flops(settings.stage_at(step - 1)[0]) / peak
+            share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
             log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM)
@@ -1752,17 +1729,10 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
 # ======================================================================================================================
 
 
-def flops_per_token(settings: Settings):
-    """A function from a stage to the arithmetic of a training token: 6 a matrix parameter, 12 a channel and key."""
-    config = settings.model
-    matrices = sum(count for _, count in active_matrices(config))
-
-    def flops(stage: Stage) -> int:
-        short, long = stage.windows
-        keys = sum(long if config.layers[i].window == "long" else short for i in config.attention_layers)
-        return 6 * matrices + 12 * config.dim * keys
-
-    return flops
+def flops_per_token(config: ModelConfig, stage: Stage) -> int:
+    """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
+    windows = [stage.windows[config.rows[i].window == "long"] for i in config.attention_layers]
+    return 6 * sum(count for _, count in active_matrices(config)) + 12 * config.dim * sum(windows)
 
 
 def active_matrices(config: ModelConfig) -> list[tuple[str, int]]:
@@ -1797,28 +1767,29 @@ def print_plan(settings: Settings, world: World) -> None:
         model = GPT(config, dtype)
     print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
 
-    print(f"{'parameter':16}{'shape':>20}{'count':>14}{'':>4}{'optimizer':10}{'lr x':>6}{'wd x':>6}  betas")
+    print("parameter            shape              count  start                      optimizer  lr x  wd x  betas")
+    bound = 3**0.5 * 0.5 * config.dim**-0.5
     for name, p in model.named_parameters():
-        if row := ADAM_TABLE.get(name):
-            how = f"{'Adam':10}{row.lr:>6}{row.wd:>6}  {row.betas}"
-        else:
-            how = f"{'NorMuon':10}{1:>6}{1:>6}"
-        print(f"{name:16}{' x '.join(map(str, p.shape)):>20}{p.numel():>14,}{'':>4}{how}")
+        row = ADAM_TABLE.get(name) or AdamRow(f"uniform +-{bound:.5f}{', out 0' * (name == 'mlp_bank')}", (), 1, 1)
+        start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
+        how = f"{'Adam' if row.betas else 'NorMuon':9}{row.lr:6}{row.wd:6}  {row.betas or ''}"
+        print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:27}{how}")
     parts = active_matrices(config)
     active = sum(count for _, count in parts)
-    print(f"{'total':36}{sum(p.numel() for p in model.parameters()):>14,}")
+    print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
     print(f"active matrix parameters: {active / 1e6:.1f}M ({', '.join(f'{n} {c / 1e6:.1f}M' for n, c in parts)})\n")
 
-    print(f"{'stage':>10}{'steps':>7}{'batch':>10}{'slices':>15}{'max_seq_len':>13}{'windows':>13}{'lr x':>6}")
-    flops, total_flops, tokens = flops_per_token(settings), 0, 0
+    print("stage      steps     batch  slices      max_seq_len    windows  lr x  next targets")
+    total_flops = tokens = 0
     for n, stage in enumerate(settings.all_stages, 1):
-        label = n if stage is not settings.extension else "extension"
-        cut = f"{settings.slices} x {stage.batch_tokens // settings.slices:,}"
-        windows = "{}, {}".format(*stage.windows)
-        lr = f"{stage.lr if stage is not settings.extension else settings.final_lr:>6}"
-        print(f"{label:>10}{stage.steps:>7}{stage.batch_tokens:>10,}{cut:>15}{stage.max_seq_len:>13,}{windows:>13}{lr}")
+        last = n == len(settings.all_stages)
+        cut, windows = f"{settings.slices} x {stage.batch_tokens // settings.slices:,}", "{}, {}".format(*stage.windows)
+        name, lr = ("extension", settings.final_lr) if last else (n, stage.lr)
+        mtp = " -> ".join(", ".join(f"{weight:g}" for weight in weights) for weights in stage.mtp)
+        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}  {cut:10}{stage.max_seq_len:>13,}", end="")
+        print(f"{windows:>11}{lr:>6}  {mtp}")
         tokens += stage.steps * stage.batch_tokens
-        total_flops += stage.steps * stage.batch_tokens * flops(stage)
+        total_flops += stage.steps * stage.batch_tokens * flops_per_token(config, stage)
     print(f"training tokens: {tokens / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
     print(f"arithmetic: {total_flops / tokens / 1e9:.2f} GFLOP a token, {total_flops / 1e15:.3g} PFLOP in all")
     print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from train_gpt import BLOCK, attend, block_mask, make_mask, norm_and_rotate, rotary_frequencies, rotary_tables
+from train_gpt import BLOCK, attend, block_mask, make_mask, prepare_qk, rotary_frequencies, rotary_tables
 
 SCALE = 0.3
 
@@ -259,24 +259,32 @@ def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
     assert rotary_frequencies(12).tolist() == pytest.approx([1, 1 / 32, 1 / 1024], rel=1e-6)
 
 
+def norm_and_rotate(x):
+    """q and k of projections x (T, 2H, d), side by side, as plain heads have them: after QK norm and rotary."""
+    length, _, dim = x.shape
+    tables = rotary_tables(rotary_frequencies(dim), length, torch.float32)
+    begins = torch.arange(length) == 0
+    return torch.cat(prepare_qk(x, begins, *tables, offset=False, paired=False), dim=1)
+
+
 def test_one_rotation_worked_by_hand():
     # (3, 4, 0, …) of eight has mean square 25 / 8: its norm is (1.69706, 2.26274, 0, …); it turns by one radian back.
-    x = torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0]).repeat(2, 1, 1)
-    x[1, 0, 7] = 5 * 3**0.5  # of the half that stays: now the mean square is 100 / 8, and the norm is half as long
-    rotated = norm_and_rotate(x, *rotary_tables(rotary_frequencies(8), 2, torch.float32))
+    x = torch.tensor([3.0, 4, 0, 0, 0, 0, 0, 0]).repeat(2, 2, 1)
+    x[1, 1, 7] = 5 * 3**0.5  # of the half that stays: now the mean square is 100 / 8, and the norm is half as long
+    rotated = norm_and_rotate(x)
     assert rotated[0, 0].tolist() == pytest.approx([1.697056, 2.262742, 0, 0, 0, 0, 0, 0], abs=1e-5)
     cos, sin = 0.5403023, 0.8414710
     even, odd, last = 0.848528, 1.131371, 2.449490
     turned = [cos * even + sin * odd, cos * odd - sin * even]
-    assert rotated[1, 0].tolist() == pytest.approx([*turned, 0, 0, 0, 0, 0, last], abs=1e-5)
+    assert rotated[1, 1].tolist() == pytest.approx([*turned, 0, 0, 0, 0, 0, last], abs=1e-5)
     assert turned == pytest.approx([1.410475, -0.102732], abs=1e-5)
 
 
 def test_the_first_half_of_the_normed_channels_turns_as_complex_numbers_and_the_second_stays():
-    length, heads, dim = 9, 2, 24
+    length, heads, dim = 9, 4, 24
     x = 3 * torch.randn(length, heads, dim, generator=torch.Generator().manual_seed(0))
     x[4] *= 1e-4  # so small that the norm's epsilon counts
-    rotated = norm_and_rotate(x, *rotary_tables(rotary_frequencies(dim), length, torch.float32))
+    rotated = norm_and_rotate(x)
     for t in range(length):
         for h in range(heads):
             channels = x[t, h].tolist()

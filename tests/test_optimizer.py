@@ -1,0 +1,453 @@
+"""The optimizer against float64 computations written from the recipe: SVDs, loops over matrices, plain Adam."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as program
+from train_gpt import (
+    ADAM_TABLE,
+    GPT,
+    MUON_BANKS,
+    PRESETS,
+    Layer,
+    ModelConfig,
+    Optimizer,
+    join_float32,
+    normuon_update,
+    polar_express,
+    schedule,
+    split_float32,
+)
+
+# Polar Express: (a, b, c) of the five steps.
+POLYNOMIALS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+# Adam's table: betas, learning rate x, weight decay x, whether ranks share the update out.
+ADAM = {
+    "lm_head": ((0.5, 0.95), 1, 150, True),
+    "embed": ((0.5, 0.95), 1, 150, True),
+    "value_embeds": ((0.75, 0.95), 75, 5, True),
+    "resid_lambdas": ((0.9, 0.95), 5, 0, False),
+    "post_lambdas": ((0.9, 0.95), 1, 0, False),
+    "x0_lambdas": ((0.9, 0.95), 1, 0, False),
+    "qkv_lambdas": ((0.9, 0.99), 5, 0, False),
+    "out_lambdas": ((0.9, 0.99), 5, 0, False),
+    "value_gates": ((0.9, 0.99), 1, 1, False),
+    "bigram_table": ((0.75, 0.95), 75, 5, True),
+    "bigram_lambdas": ((0.9, 0.95), 1, 0, False),
+    "xsa_alphas": ((0.9, 0.95), 1, 0, False),
+    "smear_lambda": ((0.9, 0.99), 5, 0, False),
+    "skip_lambda": ((0.9, 0.99), 5, 0, False),
+    "smear_gate": ((0.9, 0.99), 0.01, 0, False),
+    "skip_gate": ((0.9, 0.99), 0.05, 0, False),
+    "attention_gates": ((0.9, 0.99), 1, 1, False),
+    "mudd_w1": ((0.9, 0.99), 0.25, 1, False),
+    "mudd_w2": ((0.9, 0.99), 0.25, 1, False),
+    "mudd_bias": ((0.9, 0.99), 0.25, 0, False),
+}
+
+# Banks of every shape that matters: qk_bank's matrices are wide, vo_bank's square, mlp_bank's tall; with 5 shards each
+# bank ends in padding.
+MODEL = ModelConfig(
+    layers=(
+        Layer(value_embed=0),
+        Layer(attention="none", skip=0),
+        Layer(window="long", value_embed=1, xsa=True, mudd=True),
+    ),
+    mudd_sources=(0, 1, 1),
+    vocab_size=100,
+    bos_id=99,
+    dim=32,
+    heads=4,
+    bigram_rows=2,
+    bigram_dim=16,
+)
+
+
+def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
+    """Settings and a model in which no parameter is zero, except for the padding of the banks."""
+    torch.manual_seed(0)
+    model = GPT(MODEL, dtype, shards)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            padding = p.flatten(1).abs().sum(1) == 0 if name in MUON_BANKS else torch.zeros(len(p), dtype=torch.bool)
+            if name == "mlp_bank":
+                padding[:6] = False  # MLP-out starts at zero
+            p.add_(0.5 * torch.randn(p.shape))
+            p[padding] = 0
+    return replace(PRESETS[preset], model=MODEL, **changes), model
+
+
+def float64(tensor):
+    return tensor.detach().double().numpy().copy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Polar Express
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def composed(x):
+    for a, b, c in POLYNOMIALS:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+def orthogonalized(u):
+    """U f(S) V^T of the SVD of u (rows, cols), normalized, in float64."""
+    left, values, right = np.linalg.svd(u / (1.02 * np.linalg.norm(u) + 1e-6), full_matrices=False)
+    values[values < 1e-12] = 0  # what float64 leaves of a zero
+    output = left * composed(values) @ right
+    output[abs(output) < 1e-12] = 0  # and here
+    return output
+
+
+def matrix(shape, values, seed=0):
+    """A float64 matrix of this shape with these singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.standard_normal((size, len(values))))[0] for size in shape)
+    return left * np.asarray(values) @ right.T
+
+
+SHAPES = [(48, 48), (24, 96), (96, 24), (1, 7), (7, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_polar_express_takes_singular_values_through_the_five_polynomials(shape):
+    n = min(shape)
+    rng = np.random.default_rng(0)
+    inputs = [
+        rng.standard_normal(shape),
+        matrix(shape, np.geomspace(1, 1e-4, n)),
+        matrix(shape, np.linspace(1, 0.5, n)) * 1e4,  # neither size
+        matrix(shape, np.linspace(1, 0.5, n)) * 1e-5,  # nor the smallness that the 1e-6 sees
+        matrix(shape, [1.0] * ((n + 1) // 2)),  # half the rank
+        np.outer(rng.standard_normal(shape[0]), rng.standard_normal(shape[1])),
+    ]
+    inputs = [u.astype(np.float32) for u in inputs]
+    outputs = polar_express(torch.from_numpy(np.stack(inputs)), torch.float32)
+    assert outputs.dtype == torch.float32
+    for u, output in zip(inputs, float64(outputs), strict=True):
+        expected = orthogonalized(u.astype(np.float64))
+        assert np.linalg.norm(output - expected) <= 3e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (24, 96), (96, 24), (8, 40)])
+def test_polar_express_in_bfloat16_is_within_a_tenth_on_well_conditioned_matrices(shape):
+    inputs = [matrix(shape, np.linspace(1, 0.3, min(shape)), seed).astype(np.float32) for seed in range(4)]
+    outputs = polar_express(torch.from_numpy(np.stack(inputs)), torch.bfloat16)
+    assert outputs.dtype == torch.bfloat16
+    for u, output in zip(inputs, float64(outputs), strict=True):
+        expected = orthogonalized(u.astype(np.float64))
+        assert np.linalg.norm(output - expected) <= 0.1 * np.linalg.norm(expected)
+        assert np.linalg.svd(output, compute_uv=False).max() <= 1.2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smallest", [0.5, 1e-2, 1e-3, 1e-5])
+def test_polar_express_brings_singular_values_above_a_thousandth_close_to_1(shape, smallest):
+    u = matrix(shape, np.geomspace(1, smallest, min(shape)))
+    output = float64(polar_express(torch.from_numpy(u.astype(np.float32))[None], torch.float32)[0])
+    assert np.linalg.svd(output, compute_uv=False).max() <= 1.2
+    left, values, right = np.linalg.svd(u / (1.02 * np.linalg.norm(u)), full_matrices=False)
+    new = np.einsum("ik,ij,kj->k", left, output, right)
+    assert ((new >= 0.8) & (new <= 1.2))[values >= 1e-3].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_polar_express_of_zero_is_zero(dtype):
+    for shape in SHAPES:
+        assert torch.equal(polar_express(torch.zeros(2, *shape), dtype), torch.zeros(2, *shape, dtype=dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bfloat16 weights and the sixteen bits that they lose
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bits(tensor):
+    """A float32 or bfloat16 tensor's bits, as unsigned integers."""
+    if tensor.dtype == torch.float32:
+        return tensor.numpy().view(np.uint32)
+    return tensor.view(torch.int16).numpy().view(np.uint16)
+
+
+def test_float32_is_split_into_its_truncated_upper_half_and_the_rest_and_comes_back():
+    special = [0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00001, 0x7F800001, 0xFFFFFFFF, 0x00000001]
+    special += [0x807FFFFF, 0x7F7FFFFF, 0xFF7FFFFF, 0x3F7FFFFF, 0x3F80FFFF, 0xBF808000, 0xBF807FFF]
+    patterns = np.concatenate((special, np.random.default_rng(0).integers(0, 2**32, 100_000))).astype(np.uint32)
+    top, low = split_float32(torch.from_numpy(patterns.view(np.float32)))
+    assert (top.dtype, low.dtype) == (torch.bfloat16, torch.uint16)
+    assert (bits(top) == patterns >> 16).all()
+    assert (low.numpy() == patterns & 0xFFFF).all()
+    assert (bits(join_float32(top, low)) == patterns).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_bfloat16_weights_with_their_lost_bits_move_like_float32_ones_bit_for_bit_over_1000_steps(shape, monkeypatch):
+    # The precision of Polar Express follows the weights'; here it is float32 for both, so that both get the same u.
+    monkeypatch.setattr(program, "polar_express", lambda u, dtype: polar_express(u, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(2, *shape, generator=generator)
+    top, low = split_float32(exact)
+    top, low = top.clone(), low.clone()
+    rows, cols = shape
+    states = [(torch.zeros(2, *shape), torch.zeros(2, *((rows, 1) if rows >= cols else (1, cols)))) for _ in range(2)]
+    numbers = (torch.full((2, 1, 1), 2.0), *map(torch.tensor, (0.023, 1.2, 0.95, 0.9)))
+    start = exact.clone()
+    for step in range(1000):
+        grad = torch.randn(2, *shape, generator=generator).bfloat16()
+        normuon_update(exact, None, grad, *states[0], *numbers)
+        normuon_update(top, low, grad, *states[1], *numbers)
+        if step % 100 == 99:
+            assert (bits(top) == bits(exact) >> 16).all()
+            assert (low.numpy() == bits(exact) & 0xFFFF).all()
+    assert (exact - start).abs().min() > 0
+    assert len(np.unique(low.numpy())) > len(low.flatten()) / 2  # the low halves are in use
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# NorMuon
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class NorMuonInFloat64:
+    """One matrix, one step after another, as the recipe has it."""
+
+    def __init__(self, p, factor):
+        self.p, self.factor = p, factor
+        self.momentum = np.zeros_like(p)
+        self.mean_sq = 0.0
+        self.smallest = np.full_like(p, np.inf)  # of |u| so far: where it is ~0, rounding decides on the decay
+        self.decayed = np.zeros_like(p, dtype=int)
+
+    def step(self, grad, lr, wd, mu, beta2):
+        self.momentum = mu * self.momentum + (1 - mu) * grad
+        u = orthogonalized((1 - mu) * grad + mu * self.momentum)
+        rows, cols = u.shape
+        length = np.linalg.norm(u)
+        self.mean_sq = beta2 * self.mean_sq + (1 - beta2) * (u**2).mean(axis=1 if rows >= cols else 0, keepdims=True)
+        u = u / np.sqrt(np.maximum(self.mean_sq, 1e-10))
+        if length:
+            u *= length / np.linalg.norm(u)
+        decays = u * self.p >= 0
+        self.p = self.p - self.factor * lr * (lr * wd) * self.p * decays - self.factor * lr * u
+        self.smallest = np.where(u == 0, self.smallest, np.minimum(self.smallest, abs(u)))
+        self.decayed += decays
+
+    def assert_equals(self, p, start):
+        """`p` has made the same way from `start`, to a thousandth, wherever no sign was a matter of rounding."""
+        sure = self.smallest > 1e-2 * abs(self.smallest[np.isfinite(self.smallest)]).mean()
+        assert sure.mean() > 0.9
+        assert abs(p - self.p)[sure].max() <= 1e-3 * abs(self.p - start).mean()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_normuon_equals_a_float64_computation_over_several_steps(shape):
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((3, *shape))
+    p = torch.from_numpy(start).float()
+    factors = (1.0, 2.0, 3.0)
+    references = [NorMuonInFloat64(float64(each), factor) for each, factor in zip(p, factors, strict=True)]
+    rows, cols = shape
+    state = (torch.zeros(3, *shape), torch.zeros(3, *((rows, 1) if rows >= cols else (1, cols))))
+    # Rates differ from step to step; the weight decay is strong enough to be seen beside the update.
+    for step, (lr, wd, mu) in enumerate([(0.05, 9.0, 0.85), (0.03, 8.0, 0.9), (0.04, 7.0, 0.95), (0.02, 6.0, 0.9)] * 2):
+        grad = rng.standard_normal((3, *shape)) * 10.0 ** (step % 3 - 1)
+        grad[:, 0] = 0  # an output that got no gradient: u is 0, and its weights decay
+        grad[:, 1] *= 100  # one that gets most of it, which variance reduction levels
+        numbers = map(torch.tensor, (lr, wd, mu, 0.9))
+        normuon_update(p, None, torch.from_numpy(grad).float(), *state, torch.tensor(factors)[:, None, None], *numbers)
+        for reference, g in zip(references, grad.astype(np.float32).astype(np.float64), strict=True):
+            reference.step(g, lr, wd, mu, 0.9)
+    for reference, mine, begin in zip(references, float64(p), start, strict=True):
+        reference.assert_equals(mine, begin)
+        assert (reference.decayed[0] == 8).all()
+        assert 0.2 < (reference.decayed[1:] == 8).mean() + (reference.decayed[1:] == 0).mean() < 0.8  # both cases occur
+
+
+def test_the_optimizer_takes_normuon_steps_on_every_matrix_of_every_bank_and_leaves_padding_zero():
+    settings, model = settings_and_model(shards=5, muon_wd=30.0, momentum_warmup=4)
+    optimizer = Optimizer(model, settings)
+    # rows / cols is 16 / 32 in qk_bank and 32 / 32 in vo_bank: a factor of 1; in mlp_bank 128 / 32: 2, and MLP-out's 4.
+    factors = {"qk_bank": [1] * 8, "vo_bank": [1] * 4, "mlp_bank": [2, 4] * 3}
+    start = {name: float64(model.get_parameter(name)) for name in factors}
+    assert {name: len(bank) for name, bank in start.items()} == {"qk_bank": 10, "vo_bank": 5, "mlp_bank": 10}
+    references = {
+        name: [NorMuonInFloat64(p.copy(), factor) for p, factor in zip(start[name], factors[name], strict=False)]
+        for name in factors
+    }
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for name, each in references.items():
+            grad = torch.randn(len(each), *start[name].shape[1:], generator=generator)
+            model.get_parameter(name).grad[: len(each)] = grad
+            for reference, g in zip(each, float64(grad), strict=True):
+                lr, momentum = 0.023 * 1.0, 0.85 + 0.1 * min(step / 4, 1)
+                reference.step(g, lr, 30.0, momentum, 0.9)
+        optimizer.step(schedule(settings, step))
+        assert all(model.get_parameter(name).grad is None for name in references)
+    for name, each in references.items():
+        bank = float64(model.get_parameter(name))
+        for reference, mine, begin in zip(each, bank, start[name], strict=False):
+            reference.assert_equals(mine, begin)
+        assert (bank[len(each) :] == 0).all()
+
+
+def test_one_bfloat16_step_is_the_float32_step_within_the_rounding_of_polar_express():
+    change = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        settings, model = settings_and_model(dtype=dtype, shards=5)
+        optimizer = Optimizer(model, settings)
+        generator = torch.Generator().manual_seed(0)
+        start = {name: float64(model.get_parameter(name)) for name in MUON_BANKS}
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+            if name in MUON_BANKS:
+                p.grad[start[name].any(axis=(1, 2)) == 0] = 0
+        optimizer.step(schedule(settings, 0))
+        for name in MUON_BANKS:
+            p = model.get_parameter(name).detach()
+            assert p.dtype == dtype
+            whole = join_float32(p, optimizer.state[name]["low"]) if dtype == torch.bfloat16 else p
+            change[dtype, name] = float64(whole) - start[name]
+            assert (change[dtype, name][~start[name].any(axis=(1, 2))] == 0).all()
+    for name in MUON_BANKS:
+        exact, rounded = change[torch.float32, name], change[torch.bfloat16, name]
+        assert np.linalg.norm(rounded - exact) <= 0.1 * np.linalg.norm(exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adam
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AdamInFloat64:
+    """One parameter, one update after another, as the recipe has it."""
+
+    def __init__(self, p, betas, wd):
+        self.p, self.betas, self.wd = p, betas, wd
+        self.m, self.v, self.t = np.zeros_like(p), np.zeros_like(p), 0
+
+    def step(self, grad, lr):
+        beta1, beta2 = self.betas
+        self.t += 1
+        self.m = beta1 * self.m + (1 - beta1) * grad
+        self.v = beta2 * self.v + (1 - beta2) * grad**2
+        correction = np.sqrt(1 - beta2**self.t) / (1 - beta1**self.t)
+        update = lr * correction * self.m / (np.sqrt(self.v) + 1e-10)
+        self.p = self.p - update - lr**2 * self.wd * self.p * (update * self.p > 0)
+
+
+def test_adams_table_is_the_recipes():
+    mine = {name: (row.betas, row.lr, row.wd, row.sharded) for name, row in ADAM_TABLE.items()}
+    assert {name: mine[name] for name in ADAM} == ADAM
+    assert set(mine) - set(ADAM) == set(), "rows to compare with the recipe, and to add to this test's table"
+
+
+def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_float64_computation():
+    stages = tuple(replace(stage, tied=False, lr=1.5) for stage in PRESETS["tiny"].stages)
+    settings, model = settings_and_model(stages=stages, adam_wd=1.0)  # two hundred times the real one, to be seen
+    optimizer = Optimizer(model, settings)
+    params = {name: p for name, p in model.named_parameters() if name not in MUON_BANKS}
+    references = {name: AdamInFloat64(float64(p), ADAM[name][0], ADAM[name][2] * 1.0) for name, p in params.items()}
+    sums = dict.fromkeys(params, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(14):
+        for p in model.parameters():
+            grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 4 - 2)
+            p.grad = grad if p.grad is None else p.grad + grad
+        before = {name: p.detach().clone() for name, p in params.items()}
+        for name, p in params.items():
+            sums[name] = float64(p.grad)
+        optimizer.step(schedule(settings, step))
+        for name, p in params.items():
+            if step % 2 == 0:
+                assert torch.equal(p, before[name]) and p.grad is not None
+                continue
+            assert p.grad is None
+            references[name].step(sums[name], 0.008 * 1.5 * ADAM[name][1])
+            # Not by much more than float32 rounds, in steps of this learning rate.
+            error = abs(float64(p) - references[name].p) / (abs(references[name].p) + 1)
+            assert error.max() <= 1e-5, name
+
+
+def test_adams_weight_decay_spares_weights_that_the_update_grows():
+    p = torch.tensor([2.0, -2.0, 2.0, 0.0])
+    grad = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    # The first update has the size of lr, in the direction of the gradient: only the first weight shrinks.
+    numbers = map(torch.tensor, (0.1, 0.25, 0.9, 0.95, 1 - 0.9, 1 - 0.95))
+    program.adam_update(p, grad, torch.zeros(4), torch.zeros(4), *numbers)
+    assert p.tolist() == pytest.approx([2 - 0.1 - 0.25 * 2, -2 - 0.1, 2 + 0.1, -0.1], abs=1e-6)
+
+
+def test_adam_rounds_bfloat16_parameters_to_nearest_and_keeps_float32_moments():
+    settings, model = settings_and_model(dtype=torch.bfloat16, stages=(replace(PRESETS["tiny"].stages[0], tied=False),))
+    optimizer = Optimizer(model, settings)
+    name = "lm_head"
+    p = model.get_parameter(name)
+    assert p.dtype == torch.bfloat16
+    assert all(state.dtype == torch.float32 for state in optimizer.state[name].values())
+    reference = AdamInFloat64(float64(p), ADAM[name][0], ADAM[name][2] * 0.005)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        for each in model.parameters():
+            each.grad = torch.randn(each.shape, generator=generator).to(each.dtype)
+        grad = float64(p.grad)
+        optimizer.step(schedule(settings, step))
+        if step % 2:
+            reference.step(grad, 0.008)
+            # Half a unit in the last of 8 places; a little more, for the ties that float32 decides.
+            unit = 2.0 ** (np.floor(np.log2(abs(reference.p))) - 7)
+            assert (abs(float64(p) - reference.p) <= 0.501 * unit).all()
+            reference.p = float64(p)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tied, then not
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_embed_is_the_heads_transpose_up_to_step_921_and_goes_on_with_its_moments_from_step_923():
+    settings, model = settings_and_model("record")
+    optimizer = Optimizer(model, settings)
+    head, embed = model.lm_head, model.embed
+    reference = AdamInFloat64(float64(head), (0.5, 0.95), 150 * 0.005)
+    embed_reference = None
+    generator = torch.Generator().manual_seed(0)
+    for step in range(912, 930):
+        for p in model.parameters():
+            grad = torch.randn(p.shape, generator=generator) * (1 + step % 5)
+            p.grad = grad if p.grad is None else p.grad + grad
+        grads = float64(head.grad), float64(embed.grad)
+        before = head.detach().clone(), embed.detach().clone()
+        optimizer.step(schedule(settings, step))
+        if step % 2 == 0:
+            assert torch.equal(head, before[0]) and torch.equal(embed, before[1])
+            continue
+        t = step - 552  # the learning rate falls from step 552 on, in 828 steps, and stage 3's is 1.73, not 1.52
+        lr = 0.008 * ((1 - t / 828) * (1.52 if step < 920 else 1.73) + 0.15 * t / 828)
+        if step <= 921:
+            reference.step(grads[0] + grads[1].T, lr)
+            assert torch.equal(embed, head.T)
+        else:
+            reference.step(grads[0], lr)
+            embed_reference.step(grads[1], lr)
+            assert np.abs(float64(embed) - embed_reference.p).max() <= 1e-5
+            assert not torch.isclose(embed, head.T).all(dim=0).any()
+        if step == 921:
+            embed_reference = AdamInFloat64(reference.p.T, (0.5, 0.95), 150 * 0.005)
+            embed_reference.m, embed_reference.v, embed_reference.t = reference.m.T, reference.v.T, reference.t
+        assert np.abs(float64(head) - reference.p).max() <= 1e-5
+    assert (reference.t, embed_reference.t) == (9, 9)

@@ -168,6 +168,7 @@ class Settings:
     seed: int = setting(1, "seed of the initial weights")
     dtype: str = setting("auto", "auto, bfloat16 or float32 (auto: bfloat16 where the hardware has it)")
     compile: bool = setting(True, "compile with torch.compile")
+    muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
     muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares")
@@ -310,8 +311,12 @@ ADAM_TABLE = {
     "mudd_w2": AdamRow(0, (0.9, 0.99), 0.25, 1),
     "mudd_bias": AdamRow("effective values / 0.1", (0.9, 0.99), 0.25, 0, float32=True),
 }
-# NorMuon's: Q and K, V and O, and both matrices of the MLPs, of which the second starts at zero.
-MUON_BANKS = ("qk_bank", "vo_bank", "mlp_bank")
+# The matrices are NorMuon's; with `--muon false` they are Adam's, like the rest, by these rows.
+MUON_TABLE = {
+    "qk_bank": AdamRow("uniform", (0.9, 0.95), 0.25, 10, sharded=True),
+    "vo_bank": AdamRow("uniform", (0.9, 0.95), 0.25, 10, sharded=True),
+    "mlp_bank": AdamRow("uniform, out 0", (0.9, 0.95), 0.25, 10, sharded=True),
+}
 
 
 class UserError(Exception):
@@ -727,6 +732,11 @@ def weighted_sum(factors: tuple[Tensor, ...], terms: tuple[Tensor, ...]) -> Tens
     return sum(factor * term for factor, term in zip(factors, terms))
 
 
+def matrix_bound(config: ModelConfig) -> float:
+    """Matrices start uniform between -bound and bound, with a standard deviation of 0.5 / sqrt(D)."""
+    return 3**0.5 * 0.5 * config.dim**-0.5
+
+
 class GPT(nn.Module):
     """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`."""
 
@@ -751,7 +761,7 @@ class GPT(nn.Module):
             real = torch.empty(matrices, *shape).uniform_(-bound, bound)
             return nn.Parameter(F.pad(real, (0, 0, 0, 0, 0, -matrices % shards)).to(dtype))
 
-        bound = 3**0.5 * 0.5 * dim**-0.5  # a uniform distribution of standard deviation 0.5 / sqrt(D)
+        bound = matrix_bound(config)
         add("lm_head", dim, vocab)
         self.embed = nn.Parameter(self.lm_head.data.T.contiguous())
         # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
@@ -930,6 +940,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 SMALL = tuple(name for name, row in ADAM_TABLE.items() if not row.sharded)
+MUON_BANKS = tuple(MUON_TABLE)
 # Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
 TABLES = ("bigram_table", "value_embeds", "lm_head", "embed")
 REDUCE_ORDER = (*SMALL, *MUON_BANKS, *TABLES)
@@ -983,13 +994,14 @@ class Optimizer:
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.params = dict(model.named_parameters())
+        self.muon = MUON_BANKS if settings.muon else ()  # the parameters that are NorMuon's
         self.state: dict[str, dict[str, Tensor]] = {}
-        self.updates = dict.fromkeys(ADAM_TABLE, 0)  # Adam's t, each parameter's own
+        self.updates = {name: 0 for name in self.params if name not in self.muon}  # Adam's t, each parameter's own
         self.tied = settings.stages[0].tied
         for name in self.params:
             part = self.part(name)
             state = {"exp_avg": torch.zeros_like(part, dtype=torch.float32)}
-            if name in MUON_BANKS:
+            if name in self.muon:
                 rows, cols = part.shape[-2:]
                 shape = (rows, 1) if rows >= cols else (1, cols)
                 state["mean_sq"] = torch.zeros(len(part), *shape, device=part.device)
@@ -1000,7 +1012,7 @@ class Optimizer:
             self.state[name] = state
         # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
         self.factors = {}
-        for name in MUON_BANKS:
+        for name in self.muon:
             count, rows, cols = self.params[name].shape
             factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5)
             if name == "mlp_bank":
@@ -1022,7 +1034,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
-        active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in MUON_BANKS)]
+        active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in self.muon)]
         if hyper.adam and self.tied:
             self.params["lm_head"].grad += self.params["embed"].grad.T
             active.remove("embed")
@@ -1057,12 +1069,12 @@ class Optimizer:
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
         settings, state, part = self.settings, self.state[name], self.part(name)
-        if name in MUON_BANKS:
+        if name in self.muon:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
             tensors = (state.get("low"), grad, state["exp_avg"], state["mean_sq"], self.factors[name])
             normuon_update(part, *tensors, *map(torch.tensor, numbers))
         else:
-            row = ADAM_TABLE[name]
+            row = ADAM_TABLE.get(name) or MUON_TABLE[name]
             self.updates[name] += 1
             lr = settings.adam_lr * hyper.lr * row.lr
             bias = [1 - beta ** self.updates[name] for beta in row.betas]
@@ -1768,11 +1780,12 @@ def print_plan(settings: Settings, world: World) -> None:
     print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
 
     print("parameter            shape              count  start                      optimizer  lr x  wd x  betas")
-    bound = 3**0.5 * 0.5 * config.dim**-0.5
     for name, p in model.named_parameters():
-        row = ADAM_TABLE.get(name) or AdamRow(f"uniform +-{bound:.5f}{', out 0' * (name == 'mlp_bank')}", (), 1, 1)
+        row = {**ADAM_TABLE, **MUON_TABLE}[name]
         start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
-        how = f"{'Adam' if row.betas else 'NorMuon':9}{row.lr:6}{row.wd:6}  {row.betas or ''}"
+        start = start.replace("uniform", f"uniform +-{matrix_bound(config):.5f}")
+        muon = settings.muon and name in MUON_TABLE
+        how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
         print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:27}{how}")
     parts = active_matrices(config)
     active = sum(count for _, count in parts)
@@ -1802,7 +1815,7 @@ def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     """Bytes of a process, roughly: weights, gradients and optimizer state, and one slice's activations."""
     config = settings.model
     weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    state = sum(4 * p.numel() * (1.5 if name in MUON_BANKS else 2) for name, p in model.named_parameters())
+    state = sum(4 * p.numel() * (1.5 if name in MUON_TABLE else 2) for name, p in model.named_parameters())
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.

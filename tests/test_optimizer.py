@@ -73,6 +73,15 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of operations on tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
     """Settings and a model in which no parameter is zero, except for the padding of the banks."""
     torch.manual_seed(0)
@@ -272,7 +281,7 @@ def test_normuon_equals_a_float64_computation_over_several_steps(shape):
     for reference, mine, begin in zip(references, float64(p), start, strict=True):
         reference.assert_equals(mine, begin)
         assert (reference.decayed[0] == 8).all()
-        assert 0.2 < (reference.decayed[1:] == 8).mean() + (reference.decayed[1:] == 0).mean() < 0.8  # both cases occur
+        assert 0.3 < reference.decayed[1:].mean() / 8 < 0.7  # both cases occur
 
 
 def test_the_optimizer_takes_normuon_steps_on_every_matrix_of_every_bank_and_leaves_padding_zero():

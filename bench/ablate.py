@@ -1,0 +1,124 @@
+"""What each technique is worth: trains `tiny` with each one switched off, and writes the table of differences.
+
+    python bench/ablate.py [--steps 120] [--seeds 3] [--out records/ablation]
+
+Each variant is one flag of train_gpt.py. Runs that differ only in it share their seeds, so the table gives the mean of
+the paired differences with a 95 % interval of Student's t. A run whose log is complete is not run again: stop it and
+start it again as you like, then `--table` alone rewrites the table from the logs.
+"""
+
+import argparse
+import dataclasses
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+
+import logbook  # noqa: E402
+import train_gpt  # noqa: E402
+
+TECHNIQUES = {
+    name: f.metadata["help"]
+    for owner in (train_gpt.ModelConfig, train_gpt.Settings)
+    for name, f in ((f.name, f) for f in dataclasses.fields(owner))
+    if f.type is bool and name not in ("compile", "muon")
+}
+
+
+def variants() -> dict[str, tuple[str, list[str]]]:
+    """By name: what a variant lacks, in words, and the options that make it."""
+
+    def off(name: str) -> list[str]:
+        return [f"--{name.replace('_', '-')}", "false"]
+
+    each = {f"no_{name}": (text.split(" [")[0], off(name)) for name, text in TECHNIQUES.items()}
+    everything = [option for name in TECHNIQUES for option in off(name)]
+    return {
+        "all": ("nothing: the preset", []),
+        **each,
+        "plain": ("every technique above", everything),
+        "adam": ("NorMuon: Adam in its place", off("muon")),
+    }
+
+
+def finished(path: Path) -> logbook.Run | None:
+    """The run of a complete log, or None."""
+    if not path.exists():
+        return None
+    (run,) = logbook.read_log(str(path)).runs
+    return None if run.flaw() else run
+
+
+def train(path: Path, options: list[str]) -> None:
+    """One run; its log is moved to `path` when it is complete."""
+    log = ROOT / "logs" / path.name
+    log.unlink(missing_ok=True)  # of a run that was cut off
+    command = [sys.executable, "train_gpt.py", "--preset", "tiny", "--run-id", path.stem, *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{path.stem}: {' '.join(command[1:])} failed: {run.stderr.strip().splitlines()[-1:]}")
+    shutil.move(log, path)
+
+
+def interval(differences: list[float]) -> str:
+    """Mean and half the width of its 95 % interval."""
+    from scipy import stats
+
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.4f}"
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.4f} ± {half:.4f}"
+
+
+def table(out: Path, seeds: int) -> str:
+    """The Markdown table of all variants that have runs."""
+    lines = [
+        "| without | option | runs | loss | difference of loss | time a step, ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = {seed: finished(out / f"all-{seed}.txt") for seed in range(1, seeds + 1)}
+    for name, (text, options) in variants().items():
+        pairs = [(finished(out / f"{name}-{seed}.txt"), run) for seed, run in base.items()]
+        pairs = [(run, other) for run, other in pairs if run and other]
+        if not pairs:
+            continue
+        loss = statistics.fmean(run.val_loss for run, _ in pairs)
+        difference = "" if name == "all" else interval([run.val_loss - other.val_loss for run, other in pairs])
+        ratio = statistics.median(run.step_avg_ms / other.step_avg_ms for run, other in pairs)
+        option = " ".join(options) if len(options) <= 2 else "all of these"
+        lines.append(f"| {text} | `{option}` | {len(pairs)} | {loss:.4f} | {difference} | {ratio:.2f} |")
+    return "\n".join(lines).replace("| `` |", "| |") + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--steps", type=int, default=120, help="steps of each run (default: 120)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument("--out", type=Path, default=ROOT / "records" / "ablation", help="where the logs and table go")
+    parser.add_argument("--table", action="store_true", help="only write the table, from the logs there are")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    # Seeds outside, so that variants are compared under the same weather, and a cut-off run has whole rows.
+    runs = [(seed, name, options) for seed in range(1, arguments.seeds + 1) for name, (_, options) in variants().items()]
+    for seed, name, options in tqdm([] if arguments.table else runs, "runs"):
+        path = out / f"{name}-{seed}.txt"
+        if not finished(path):
+            fixed = ["--steps", str(arguments.steps), "--seed", str(seed), "--val-every", "1000"]
+            train(path, [*fixed, *options])
+            (out / "table.md").write_text(table(out, arguments.seeds))
+    (out / "table.md").write_text(table(out, arguments.seeds))
+    print(table(out, arguments.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

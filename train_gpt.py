@@ -168,6 +168,7 @@ class Settings:
     seed: int = setting(1, "seed of the initial weights")
     dtype: str = setting("auto", "auto, bfloat16 or float32 (auto: bfloat16 where the hardware has it)")
     compile: bool = setting(True, "compile with torch.compile")
+    sparse_exchange: bool = setting(True, "ranks exchange only the touched rows of the bigram gradient")
     muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
@@ -515,6 +516,11 @@ def previous(x: Tensor) -> Tensor:
     return torch.cat((x[:1], x[:-1]))
 
 
+def document_starts(inputs: Tensor, config: ModelConfig) -> Tensor:
+    """Where (T,) a look-back of one token has nothing to see: at BOS, and at the start of the sequence."""
+    return (inputs == config.bos_id) | (torch.arange(len(inputs), device=inputs.device) == 0)
+
+
 def pair_heads(x: Tensor) -> Tensor:
     """(T, H, d) to (2T, H/2, d): heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58]."""
     return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
@@ -688,15 +694,18 @@ def smear(x: Tensor, begins: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
     return x + torch.where(begins[:, None], 0, take * previous(x))
 
 
+def bigram_rows(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
+    """The table row (T,) of each token and the one before, by a hash in 32 bits; the last row where `begins` [62]."""
+    tokens = tokens.int()
+    return torch.where(begins, rows - 1, ((36313 * tokens) ^ (27191 * previous(tokens))) % (rows - 1))
+
+
 @region
 def bigram_embedding(tokens: Tensor, begins: Tensor, table: Tensor, signs: Tensor) -> Tensor:
-    """The hashed embedding (T, channels) of each token and the one before, times a row of random signs [62, 83]."""
+    """The hashed embedding (T, channels) of each token and the one before, times a row of random signs [83]."""
     tokens = tokens.int()
-    before = previous(tokens)
-    rows = ((36313 * tokens) ^ (27191 * before)) % (len(table) - 1)
-    rows = torch.where(begins, len(table) - 1, rows)
-    sign_rows = torch.where(begins, 0, (before ^ tokens) % len(signs))
-    return F.embedding(rows, table) * F.embedding(sign_rows, signs)
+    sign_rows = torch.where(begins, 0, (previous(tokens) ^ tokens) % len(signs))
+    return F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
 
 
 def add_channels(x: Tensor, part: Tensor) -> Tensor:
@@ -818,8 +827,7 @@ class GPT(nn.Module):
         """What the head reads: the normed stream (T, D) after the last layer."""
         config = self.config
         docs = (inputs == config.bos_id).cumsum(0)
-        begins = docs != previous(docs)
-        begins[0] = True  # a sequence may begin inside a document
+        begins = document_starts(inputs, config)
         masks = self.masks(docs, context.windows)
         weights = self.attention_weights()
         mlps = self.mlp_bank.unbind()
@@ -994,6 +1002,9 @@ class Optimizer:
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.params = dict(model.named_parameters())
+        # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
+        self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
+        self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
         self.muon = MUON_BANKS if settings.muon else ()  # the parameters that are NorMuon's
         self.state: dict[str, dict[str, Tensor]] = {}
         self.updates = {name: 0 for name in self.params if name not in self.muon}  # Adam's t, each parameter's own
@@ -1041,10 +1052,7 @@ class Optimizer:
         reduced = {name: self.start_reduction(name) for name in active}
         gathers = []
         for name in (name for name in UPDATE_ORDER if name in reduced):
-            grad, work = reduced[name]
-            if work:
-                work.wait()
-            self.update(name, grad, hyper)
+            self.update(name, reduced[name](), hyper)
             if self.world_size > 1 and self.sharded(name):
                 gathers.append(all_gather(self.params[name].data, self.part(name), async_op=True))
         for work in gathers:
@@ -1057,15 +1065,52 @@ class Optimizer:
             if not hyper.stage.tied:
                 self.untie()
 
-    def start_reduction(self, name: str):
-        """Starts averaging a gradient over ranks; returns this rank's part of it, and what to wait for (or None)."""
+    def start_reduction(self, name: str) -> Callable[[], Tensor]:
+        """Starts averaging a gradient over ranks; returns what waits for, and returns, this rank's part of it."""
         grad = self.params[name].grad
         if self.world_size == 1:
-            return grad, None
+            return lambda: grad
+        if name == "bigram_table" and self.sparse:
+            return self.exchange_rows(grad)
         if not self.sharded(name):
-            return grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        part = torch.empty_like(self.part(name))
-        return part, reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+            part, work = grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        else:
+            part = torch.empty_like(self.part(name))
+            work = reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return part
+
+        return finish
+
+    def exchange_rows(self, grad: Tensor) -> Callable[[], Tensor]:
+        """The reduce-scatter of a gradient (rows, cols) of which few rows are not zero: each goes to its owner alone.
+
+        Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
+        """
+        rows = torch.cat(self.touched).unique()
+        self.touched.clear()
+        size = len(grad) // self.world_size
+        sends = torch.bincount(rows // size, minlength=self.world_size)
+        receives = torch.empty_like(sends)
+        dist.all_to_all_single(receives, sends)
+        splits = receives.tolist(), sends.tolist()
+        rows = rows.to(grad.device, non_blocking=True)
+        index, values = rows.new_empty(sum(splits[0])), grad.new_empty(sum(splits[0]), grad.size(1))
+        works = [
+            dist.all_to_all_single(got, given, *splits, async_op=True)
+            for got, given in ((index, rows), (values, grad[rows]))
+        ]
+
+        def finish() -> Tensor:
+            for work in works:
+                work.wait()
+            total = torch.zeros(size, grad.size(1), device=grad.device)
+            total.index_add_(0, index - self.rank * size, values.float())
+            return (total / self.world_size).to(grad.dtype)
+
+        return finish
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
         settings, state, part = self.settings, self.state[name], self.part(name)
@@ -1238,6 +1283,12 @@ def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
             yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
 
 
+def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
+    """The rows of the bigram table that training on tokens (slices, length + 1) has a gradient for."""
+    count = config.bigram_rows * config.padded_vocab
+    return torch.cat([bigram_rows(row, document_starts(row, config), count) for row in tokens[:, :-1]]).long().unique()
+
+
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the stream; tokens by shard."""
     parts, sizes, missing = [], {}, settings.val_tokens + 1  # the last target is the stream's next token
@@ -1323,7 +1374,7 @@ def start_processes() -> World:
         device = torch.device("cpu")
         torch.use_deterministic_algorithms(True)
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)
 
@@ -1619,7 +1670,10 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
-            train_step(objective, dummy(1, length + 1), context, settings.slices)
+            tokens = dummy(1, length + 1)
+            if optimizer.sparse:
+                optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
+            train_step(objective, tokens, context, settings.slices)
             optimizer.step(replace(schedule(settings, 0), stage=stage, adam=adam))
     for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
@@ -1633,6 +1687,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         for key, value in each.items():
             optimizer.state[name][key].copy_(value)
     optimizer.updates = dict.fromkeys(optimizer.updates, 0)
+    optimizer.touched.clear()
     optimizer.tied = settings.stages[0].tied
 
 
@@ -1705,8 +1760,12 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             if stopping:
                 raise Stopped(stop.signum or signal.SIGTERM)
 
-    batches = training_batches(plan, settings.model, range(world.rank * own, (world.rank + 1) * own))
-    batches = prefetch(tokens.pin_memory() if losses.cuda else tokens for tokens in batches)
+    def prepared():
+        for tokens in training_batches(plan, settings.model, range(world.rank * own, (world.rank + 1) * own)):
+            rows = touched_rows(tokens, settings.model) if optimizer.sparse else None
+            yield tokens.pin_memory() if losses.cuda else tokens, rows
+
+    batches = prefetch(prepared())
     mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=world.device)
     context = stage = None
     clock.start()
@@ -1727,7 +1786,10 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             stage = hyper.stage
             rotary = rotary_state(settings, step)
             context = make_context(settings.model, plan[step].length, stage.windows, model.embed, rotary)
-        tokens = next(batches).to(world.device, non_blocking=True)
+        tokens, rows = next(batches)
+        tokens = tokens.to(world.device, non_blocking=True)
+        if optimizer.sparse:
+            optimizer.touched.append(rows)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
         report(losses.record(step, loss, bool(stop.signum)))

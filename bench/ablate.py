@@ -28,7 +28,7 @@ TECHNIQUES = {
     name: f.metadata["help"]
     for owner in (train_gpt.ModelConfig, train_gpt.Settings)
     for name, f in ((f.name, f) for f in dataclasses.fields(owner))
-    if f.type is bool and name not in ("compile", "muon")
+    if f.type is bool and name not in ("compile", "muon", "sparse_exchange")
 }
 
 
@@ -108,7 +108,8 @@ def main() -> int:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     # Seeds outside, so that variants are compared under the same weather, and a cut-off run has whole rows.
-    runs = [(seed, name, options) for seed in range(1, arguments.seeds + 1) for name, (_, options) in variants().items()]
+    seeds = range(1, arguments.seeds + 1)
+    runs = [(seed, name, options) for seed in seeds for name, (_, options) in variants().items()]
     for seed, name, options in tqdm([] if arguments.table else runs, "runs"):
         path = out / f"{name}-{seed}.txt"
         if not finished(path):

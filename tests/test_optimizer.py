@@ -10,7 +10,6 @@ import train_gpt as program
 from train_gpt import (
     ADAM_TABLE,
     GPT,
-    MUON_BANKS,
     PRESETS,
     Layer,
     ModelConfig,
@@ -55,6 +54,8 @@ ADAM = {
     "mudd_bias": ((0.9, 0.99), 0.25, 0, False),
 }
 
+BANKS = ("qk_bank", "vo_bank", "mlp_bank")
+
 # Banks of every shape that matters: qk_bank's matrices are wide, vo_bank's square, mlp_bank's tall; with 5 shards each
 # bank ends in padding.
 MODEL = ModelConfig(
@@ -88,7 +89,7 @@ def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
     model = GPT(MODEL, dtype, shards)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            padding = p.flatten(1).abs().sum(1) == 0 if name in MUON_BANKS else torch.zeros(len(p), dtype=torch.bool)
+            padding = p.flatten(1).abs().sum(1) == 0 if name in BANKS else torch.zeros(len(p), dtype=torch.bool)
             if name == "mlp_bank":
                 padding[:6] = False  # MLP-out starts at zero
             p.add_(0.5 * torch.randn(p.shape))
@@ -320,19 +321,19 @@ def test_one_bfloat16_step_is_the_float32_step_within_the_rounding_of_polar_expr
         settings, model = settings_and_model(dtype=dtype, shards=5)
         optimizer = Optimizer(model, settings)
         generator = torch.Generator().manual_seed(0)
-        start = {name: float64(model.get_parameter(name)) for name in MUON_BANKS}
+        start = {name: float64(model.get_parameter(name)) for name in BANKS}
         for name, p in model.named_parameters():
             p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
-            if name in MUON_BANKS:
+            if name in BANKS:
                 p.grad[start[name].any(axis=(1, 2)) == 0] = 0
         optimizer.step(schedule(settings, 0))
-        for name in MUON_BANKS:
+        for name in BANKS:
             p = model.get_parameter(name).detach()
             assert p.dtype == dtype
             whole = join_float32(p, optimizer.state[name]["low"]) if dtype == torch.bfloat16 else p
             change[dtype, name] = float64(whole) - start[name]
             assert (change[dtype, name][~start[name].any(axis=(1, 2))] == 0).all()
-    for name in MUON_BANKS:
+    for name in BANKS:
         exact, rounded = change[torch.float32, name], change[torch.bfloat16, name]
         assert np.linalg.norm(rounded - exact) <= 0.1 * np.linalg.norm(exact)
 
@@ -369,7 +370,7 @@ def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_flo
     stages = tuple(replace(stage, tied=False, lr=1.5) for stage in PRESETS["tiny"].stages)
     settings, model = settings_and_model(stages=stages, adam_wd=1.0)  # two hundred times the real one, to be seen
     optimizer = Optimizer(model, settings)
-    params = {name: p for name, p in model.named_parameters() if name not in MUON_BANKS}
+    params = {name: p for name, p in model.named_parameters() if name not in BANKS}
     references = {name: AdamInFloat64(float64(p), ADAM[name][0], ADAM[name][2] * 1.0) for name, p in params.items()}
     sums = dict.fromkeys(params, 0.0)
     generator = torch.Generator().manual_seed(0)

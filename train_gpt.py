@@ -1231,6 +1231,8 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
     while len(plan) < settings.total_steps:
         before = len(plan)
         for path in paths:
+            if len(plan) == settings.total_steps:
+                break
             if path not in lengths:
                 shard = read_shard(path, settings.model)
                 sizes[path] = len(shard.tokens)
@@ -1758,6 +1760,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
             log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
             if stopping:
+                log.line(f"stopped by a signal after step {step}")
                 raise Stopped(stop.signum or signal.SIGTERM)
 
     def prepared():

@@ -1,0 +1,1055 @@
+"""train_gpt.py as its users meet it: what it prints, what it writes, and with what status it ends.
+
+Importing PyTorch takes seconds and there are dozens of runs here, so most start by forking a process that has imported
+it already (`Launcher`). Where a run must train, a short script makes the batches small first, or sends a signal at a
+certain moment, and then calls the same `main`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+import train_gpt as program
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_gpt.py"
+LOGBOOK = ROOT / "records" / "logbook.py"
+RULE = "=" * 100
+BOS = 256
+
+MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "32", "--heads", "2", "--bigram-dim", "16")
+VALIDATION = ("--val-tokens", "2048", "--val-seq-len", "1024")
+
+# What a small run does before `main`: batches of 1,024 tokens in place of tiny's 8,192.
+SMALL = """
+import dataclasses, os, signal, sys, time
+import torch
+import train_gpt
+
+tiny = train_gpt.PRESETS["tiny"]
+stages = [dataclasses.replace(stage, batch_tokens=1024) for stage in (*tiny.stages, tiny.extension)]
+train_gpt.PRESETS["tiny"] = dataclasses.replace(tiny, stages=tuple(stages[:-1]), extension=stages[-1])
+
+def wrap(owner, name, around):
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
+"""
+MAIN = """
+sys.exit(train_gpt.main(sys.argv[1:]))
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Starting runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+SERVER = """
+import json, os, resource, runpy, sys, traceback
+import train_gpt  # and with it all that takes long to import
+
+def end(status):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+def become(order):
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    for number, path in enumerate((os.devnull, order["stdout"], order["stderr"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    if order["spare_memory"] is not None:
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["spare_memory"],) * 2)
+    sys.argv = order["argv"]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        end(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        end(1)
+    end(0)
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        pid, status = os.waitpid(order["wait"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+    else:
+        pid = os.fork()
+        if pid == 0:
+            become(order)
+        print(pid, flush=True)
+"""
+
+
+@dataclasses.dataclass
+class Finished:
+    returncode: int  # minus the signal that killed it
+    stdout: str
+    stderr: str
+
+
+class Running:
+    """A run that a `Launcher` has started."""
+
+    def __init__(self, launcher, pid, folder):
+        self.launcher, self.pid, self.folder = launcher, pid, folder
+
+    def stdout(self):
+        return (self.folder / "stdout").read_text()
+
+    def wait_for(self, pattern, seconds=60):
+        """Waits until stdout has this; True if it came."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.stdout())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return bool(found)
+
+    def kill(self, signum):
+        os.kill(self.pid, signum)  # whoever has not been waited for keeps its number
+
+    def wait(self, seconds=120):
+        deadline = time.monotonic() + seconds
+        while (status := self.launcher.ask({"wait": self.pid})) is None:
+            if time.monotonic() > deadline:
+                self.kill(signal.SIGKILL)
+                raise TimeoutError((self.folder / "stderr").read_text())
+            time.sleep(0.01)
+        return Finished(status, self.stdout(), (self.folder / "stderr").read_text())
+
+
+class Launcher:
+    """Runs Python scripts in processes forked from one that has imported train_gpt, on the CPU, on one thread."""
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.environment = {name: text for name, text in environment.items() if name != "RANK"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=self.environment, **pipes)
+
+    def ask(self, order):
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, script, *arguments, cwd, terminal=None, spare_memory=None, **environment):
+        """`script` is a path or Python text; `terminal` the path of one that is stdout and stderr."""
+        self.count += 1
+        folder = self.folder / str(self.count)
+        folder.mkdir()
+        if not isinstance(script, Path):
+            (folder / "script.py").write_text(script)
+            script = folder / "script.py"
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
+        order = {
+            "argv": [str(script), *map(str, arguments)],
+            "cwd": str(cwd),
+            "environment": {**self.environment, **environment},
+            "stdout": str(terminal or folder / "stdout"),
+            "stderr": str(terminal or folder / "stderr"),
+            "spare_memory": spare_memory,
+        }
+        return Running(self, self.ask(order), folder)
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("runs"))
+    yield launcher
+    launcher.close()
+
+
+def random_documents(seed, tokens):
+    """`tokens` tokens of documents of up to 300, whose bytes are not all equally likely."""
+    rng = np.random.default_rng(seed)
+    documents = [np.append([BOS], rng.binomial(40, 0.5, rng.integers(1, 300))) for _ in range(tokens // 60)]
+    return np.concatenate(documents)[:tokens]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with shards of 40,000 and 40,000 training and 3,000 validation tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, seed, tokens in (("train_000001", 1, 40_000), ("train_000002", 2, 40_000), ("val_000000", 3, 3000)):
+        shards.write_shard(folder / f"x_{name}.bin", random_documents(seed, tokens))
+    return folder
+
+
+@pytest.fixture
+def command(launcher, data, tmp_path):
+    """Runs `train_gpt.py --preset tiny …` on the shards, in an empty folder, and returns what came of it."""
+
+    def run(*arguments, script=SCRIPT, cwd=tmp_path, wait=True, **how):
+        options = (*MODEL, *VALIDATION, "--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+        running = launcher.start(script, "--preset", "tiny", *options, *arguments, cwd=cwd, **how)
+        return running.wait() if wait else running
+
+    return run
+
+
+@pytest.fixture
+def small(command):
+    """The same with batches of 1,024 tokens, and with Python text that is run before `main`."""
+    return lambda *arguments, before="", **how: command(*arguments, script=SMALL + before + MAIN, **how)
+
+
+def assert_line(result, *words, status=2):
+    """This status, and one line on stderr that holds these words."""
+    assert result.returncode == status, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("train_gpt.py: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert str(word) in result.stderr, (word, result.stderr)
+    return result.stderr
+
+
+def assert_refused(result, folder, *words):
+    """A user's mistake: its line, status 2, nothing else printed, and nothing left in the folder of the run."""
+    line = assert_line(result, *words)
+    assert result.stdout == ""
+    assert not list(folder.iterdir())
+    return line
+
+
+def only_log(folder):
+    (path,) = (folder / "logs").iterdir()
+    assert path.suffix == ".txt"
+    return path
+
+
+def log_lines(folder):
+    """The lines after the header of the only log in a folder; every line must be whole."""
+    text = only_log(folder).read_text()
+    assert text.endswith("\n")
+    return text.split(f"\n{RULE}\n")[-1].splitlines()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["tiny", "record"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_shards_are_answered_with_the_pattern_and_the_command_that_makes_them(preset, split, command, tmp_path):
+    result = command("--preset", preset, f"--{split}-files", "data/none_*.bin")
+    line = assert_refused(result, tmp_path, "data/none_*.bin", "python data/")
+    script = re.search(r"python (data/\S+\.py)", line)[1]
+    assert script == {"tiny": "data/embedded.py", "record": "data/cached_fineweb10B.py"}[preset]
+    assert (ROOT / script).is_file()
+
+
+GOOD = [BOS, 1, 2, 3, BOS, 4, 5, 6]
+
+
+def shard_bytes(tokens=GOOD, magic=20240520, version=1, count=None):
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+BAD_SHARDS = {
+    "wrong magic": (shard_bytes(magic=20240801), ["20240801", "20240520"]),
+    "wrong version": (shard_bytes(version=7), ["version", "7", "1"]),
+    "truncated": (shard_bytes()[:-4], ["truncated", "1,040", "1,036"]),
+    "truncated in a token": (shard_bytes()[:-1], ["truncated", "1,040", "1,039"]),
+    "truncated in the header": (shard_bytes()[:100], ["truncated", "100", "1,024"]),
+    "empty": (b"", ["truncated", "0", "1,024"]),
+    "over-long": (shard_bytes() + b"\0\0", ["long", "1,040", "1,042"]),
+    "over-long by half a token": (shard_bytes() + b"\0", ["long", "1,040", "1,041"]),
+    "less than no tokens": (shard_bytes(count=-8), ["-8"]),
+    "outside the vocabulary": (shard_bytes([BOS, 1, 257, 2]), ["257", "vocabulary"]),
+    "far outside the vocabulary": (shard_bytes([BOS, 1, 50256, 65535]), ["65535", "257", "vocabulary"]),
+    "no BOS": (shard_bytes([1, 2, 3]), ["BOS", "256", "every document must start with BOS"]),
+    "no tokens": (shard_bytes([]), ["BOS"]),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("fault", BAD_SHARDS)
+def test_bad_shard_is_named_with_what_was_expected_and_found(fault, split, command, tmp_path):
+    content, words = BAD_SHARDS[fault]
+    path, folder = tmp_path / "bad_000001.bin", tmp_path / "run"
+    path.write_bytes(content)
+    folder.mkdir()
+    result = command(f"--{split}-files", tmp_path / "bad_*.bin", "--steps", "8", cwd=folder)
+    assert_refused(result, folder, path, *words)
+    assert path.read_bytes() == content
+
+
+def test_folder_in_place_of_a_shard_is_named(command, tmp_path):
+    (tmp_path / "bad_000001.bin").mkdir()
+    result = command("--train-files", tmp_path / "bad_*.bin")
+    assert_line(result, tmp_path / "bad_000001.bin", "directory")
+
+
+def test_too_few_training_tokens_are_counted_and_answered_with_the_epochs_that_suffice(small, data, tmp_path):
+    # Documents of 128 tokens: a slice of 256 takes two and the next one's BOS. So a batch of 4 slices uses 12
+    # documents up, a shard of 100 has 8 batches, and the epoch ends with 8 x 1,024 tokens.
+    shards.write_shard(tmp_path / "few_000001.bin", np.array(([BOS] + [1] * 127) * 100))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = ("--train-files", tmp_path / "few_*.bin", "--steps", "20")
+    line = assert_refused(small(*options, cwd=folder), folder, "8,192", "20,480", tmp_path / "few_*.bin", "--epochs 3")
+    assert "--epochs 2" not in line
+    assert_refused(small(*options, "--epochs", "2", cwd=folder), folder, "16,384", "20,480", "--epochs 3")
+    assert small(*options, "--epochs", "3", cwd=folder).returncode == 0
+    assert log_lines(folder)[-2].startswith("step:20/20 val_loss:")
+
+
+def test_shards_too_small_for_one_batch_say_so_before_the_run(small, tmp_path):
+    shards.write_shard(tmp_path / "few_000001.bin", np.array([BOS] + [1] * 99))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert_refused(small("--train-files", tmp_path / "few_*.bin", cwd=folder), folder, "1,024", "100")
+
+
+def test_too_few_validation_tokens_are_counted(small, tmp_path):
+    line = assert_refused(small("--val-tokens", "3072", "--steps", "8"), tmp_path, "3,000", "--val-tokens")
+    assert re.search(r"\b3,?072\b", line)
+    folder = tmp_path / "all_but_the_last_target"
+    folder.mkdir()
+    assert_refused(small("--val-tokens", "3000", "--val-seq-len", "1000", cwd=folder), folder, "3,000")
+    assert small("--val-tokens", "2999", "--val-seq-len", "2999", "--steps", "4", cwd=folder).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_slices_that_do_not_divide_are_answered_with_the_nearest_that_do(command, small, tmp_path):
+    line = assert_refused(command("--slices", "3"), tmp_path, "8,192", "3", "1 process")
+    assert [int(n) for n in re.findall(r"\d+", line.partition("nearest")[2])] == [2, 4]
+    assert_refused(command("--slices", "1000"), tmp_path, "1024", "512")
+    folder = tmp_path / "works"
+    folder.mkdir()
+    assert small("--slices", "2", "--steps", "4", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize("slices, world_size, works", [(4, 8, {"8"}), (6, 4, {"4", "8"}), (9, 2, {"8"})])
+def test_slices_that_the_processes_do_not_divide_are_answered_too(slices, world_size, works):
+    settings = replace(program.PRESETS["tiny"], slices=slices)
+    with pytest.raises(program.UserError) as error:
+        program.check_divisions(settings, world_size)
+    text = str(error.value)
+    assert {"8,192", str(slices), str(world_size)} <= set(re.findall(r"[\d,]*\d", text))
+    advised = re.findall(r"\d+", text.partition("nearest")[2])
+    assert works <= set(advised)
+    for number in advised:
+        program.check_divisions(replace(settings, slices=int(number)), world_size)
+
+
+def test_number_of_processes_that_divides_no_batch_is_answered_with_the_nearest_that_does():
+    with pytest.raises(program.UserError) as error:
+        program.check_divisions(program.PRESETS["tiny"], 3)
+    assert re.findall(r"[\d,]*\d", str(error.value))[:3] == ["8,192", "4", "3"]
+    assert {"2", "4"} & set(re.findall(r"\d+", str(error.value).partition("divide")[2]))
+    for world_size in (1, 2, 4):
+        program.check_divisions(program.PRESETS["tiny"], world_size)
+
+
+def test_validation_that_is_no_whole_number_of_sequences_is_answered_with_the_nearest_that_is(small, tmp_path):
+    line = assert_refused(small("--val-tokens", "2100", "--steps", "4"), tmp_path, "2100", "1024")
+    nearest = re.search(r"nearest that works: (--val-tokens) (\d+)", line)
+    assert small(*nearest.groups(), "--steps", "4").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--step", "8"], ["--step;", "--steps "]),
+        (["--muon_lr", "1"], ["--muon_lr;", "--muon-lr "]),
+        (["--valtokens=8"], ["--valtokens=8", "--val-tokens "]),
+        (["--dry-rum"], ["--dry-rum;", "--dry-run "]),
+        (["--prest", "tiny"], ["--prest;", "--preset "]),
+        (["steps=8"], ["steps=8", "--steps "]),
+        (["--preset", "tinny"], ["tinny", "tiny"]),
+        (["--preset=recrod"], ["recrod", "record"]),
+        (["--preset"], ["--preset"]),
+        (["--steps"], ["--steps"]),
+        (["--steps", "many"], ["--steps many", "whole number"]),
+        (["--steps", "8.5"], ["--steps 8.5", "whole number"]),
+        (["--steps", "0"], ["--steps 0", "at least"]),
+        (["--steps", "3"], ["--steps 3", "at least", "4"]),
+        (["--adam-lr", "fast"], ["--adam-lr fast", "number"]),
+        (["--compile", "maybe"], ["--compile maybe", "true", "false"]),
+        (["--dtype", "fp32"], ["--dtype fp32", "float32"]),
+        (["--dtype", "bf16"], ["--dtype bf16", "bfloat16"]),
+        (["--epochs", "0"], ["--epochs 0"]),
+        (["--slices", "-4"], ["--slices -4"]),
+        (["--val-every", "0"], ["--val-every 0"]),
+        (["--dim", "33"], ["--dim 33", "--heads 2"]),
+    ],
+)
+def test_unknown_option_or_value_is_named_with_the_closest_that_exists(arguments, words, command, tmp_path):
+    assert_refused(command(*arguments), tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--dim 0", "--dim -32", "--dim 4", "--heads 0", "--heads 16", "--vocab-size 0", "--bos-id -1", "--bos-id 99999"]
+    + ["--bigram-dim 0", "--bigram-dim 33", "--bigram-rows 0", "--momentum-warmup 0", "--momentum-cooldown 0"]
+    + ["--cooldown 0", "--cooldown 1", "--cooldown 2", "--val-short-window 0", "--val-long-window -1"]
+    + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1", "--slices 1024"]
+    + ["--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
+)
+def test_odd_value_is_refused_or_run_but_never_answered_with_a_traceback(option, small, tmp_path):
+    # Momentum's options before --steps, which scales them: a value must be sound whatever --steps is.
+    result = small("--steps", "4", *option.split(), before="train_gpt.with_steps = lambda s, n: unscaled(s, n)\n" * 0)
+    assert "Traceback" not in result.stderr
+    if result.returncode == 0:
+        assert log_lines(tmp_path)[-2].startswith("step:4/4 val_loss:")
+    elif result.returncode == 3:
+        assert "not finite" in log_lines(tmp_path)[-1]
+    else:
+        assert_line(result)
+        assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_log_of_another_run_is_not_overwritten(small, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mine.txt").write_text("precious")
+    assert_line(small("--run-id", "mine", "--steps", "4"), "logs/mine.txt", "exists", "--run-id")
+    assert (tmp_path / "logs" / "mine.txt").read_text() == "precious"
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
+def test_place_where_no_log_can_be_written_is_named(small, tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    assert_line(small("--steps", "4"), "logs/")
+    assert (tmp_path / "logs").read_text() == "a file"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that fail
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, first_bad_step",
+    [
+        (("--muon-lr", "1e38"), 2),  # NorMuon updates after every step
+        (("--adam-lr", "1e38"), 3),  # Adam after every second
+        (("--attention-scale", "nan"), 1),
+    ],
+)
+def test_loss_that_is_not_finite_stops_the_run_at_that_step_and_the_log_names_it(option, first_bad_step, small, tmp_path):
+    result = small("--steps", "8", *option)
+    assert_line(result, f"step {first_bad_step}", status=3)
+    lines = log_lines(tmp_path)
+    assert [line.split("/")[0] for line in lines if "train_loss" in line] == [
+        f"step:{step}" for step in range(1, first_bad_step)
+    ]
+    assert lines[-1] == f"loss is not finite: step {first_bad_step}"
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_last_update_that_breaks_the_weights_is_no_success(small, tmp_path):
+    # The learning rate is 1e38 at the very last step: its loss is finite, and only the last validation shows it.
+    result = small("--steps", "8", "--final-lr", "1e38", "--cooldown", "0.1")
+    assert_line(result, status=3)
+    assert any(line.startswith("step:8/8 train_loss:") for line in log_lines(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory")
+def test_out_of_memory_is_answered_with_a_number_of_slices_that_helps(command, tmp_path):
+    spare = 500 << 20
+    slices, seen = 1, []
+    while True:
+        result = command("--steps", "4", "--dim", "128", "--slices", slices, spare_memory=spare)
+        if result.returncode == 0:
+            break
+        assert_line(result, "memory", f"{slices} slice")
+        assert 8192 % slices == 0
+        seen.append(slices)
+        slices = int(re.search(r"--slices (\d+)", result.stderr)[1])
+        assert slices > seen[-1]
+    assert seen
+
+
+STOPS = {
+    # moment: (what happens before `main`, the last line of the log, or None where there is no log yet)
+    "while the data are read": (
+        """
+def around(original, *args):
+    send()
+    return original(*args)
+wrap(train_gpt, "plan_batches", around)
+""",
+        None,
+    ),
+    "in the warm-up": (
+        """
+def around(original, *args):
+    send()
+    return original(*args)
+wrap(train_gpt, "train_step", around)
+""",
+        RULE,
+    ),
+    "in a compiler that turns all exceptions into its own": (
+        """
+def around(original, *args):
+    try:
+        send()
+        return original(*args)
+    except Exception as error:
+        raise RuntimeError("internal error") from error
+wrap(train_gpt, "train_step", around)
+""",
+        RULE,
+    ),
+    "while it is found out whether compiling works": (
+        """
+def around(original, *args, **kwargs):
+    send()
+    return original(*args, **kwargs)
+wrap(torch, "compile", around)
+sys.argv += ["--compile", "true"]
+""",
+        RULE,
+    ),
+    "where Python drops exceptions": (
+        """
+class Dropping:
+    def __del__(self):
+        send()
+def around(original, *args):
+    Dropping()
+    return original(*args)
+wrap(train_gpt, "warm_up", around)
+""",
+        RULE,
+    ),
+    "in the first validation": (
+        """
+def around(original, *args):
+    wrap(train_gpt, "validate", sending)
+    return original(*args)
+def sending(original, *args):
+    send()
+    return original(*args)
+wrap(train_gpt, "loop", around)
+""",
+        "step:1/8 train_loss:",
+    ),
+    "in the third step": (
+        """
+def around(original, *args):
+    wrap(train_gpt, "train_step", sending)
+    return original(*args)
+calls = []
+def sending(original, *args):
+    calls.append(0)
+    if len(calls) == 3:
+        send()
+    return original(*args)
+wrap(train_gpt, "loop", around)
+""",
+        "step:3/8 train_loss:",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", STOPS)
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_ends_the_run_with_its_status_and_a_whole_log(name, status, moment, small, tmp_path):
+    before, last = STOPS[moment]
+    send = f"\ndef send(sent=[]):\n    if not sent:\n        sent.append(os.kill(os.getpid(), signal.{name}))\n"
+    result = small("--steps", "8", "--val-every", "4", before=send + before)
+    assert_line(result, name, status=status)
+    if last is None:
+        assert not list(tmp_path.iterdir())
+    elif last == RULE:
+        assert only_log(tmp_path).read_text().endswith(f"\n{RULE}\n")
+    else:
+        assert log_lines(tmp_path)[-1].startswith(last)
+
+
+def test_second_signal_while_the_run_ends_changes_nothing(small, tmp_path):
+    before = """
+def first(original, *args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return original(*args)
+def second(original, *args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return original(*args)
+wrap(train_gpt, "warm_up", first)
+wrap(train_gpt.Log, "close", second)
+"""
+    assert_line(small("--steps", "8", before=before), "SIGINT", status=130)
+
+
+def test_second_signal_does_not_wait_for_the_end_of_a_long_step(small, tmp_path):
+    before = """
+def around(original, *args):
+    wrap(train_gpt, "train_step", endless)
+    return original(*args)
+def endless(original, *args):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+wrap(train_gpt, "loop", around)
+"""
+    begin = time.monotonic()
+    assert_line(small("--steps", "8", before=before), "SIGINT", status=130)
+    assert time.monotonic() - begin < 50
+    assert log_lines(tmp_path)[-1].startswith("step:0/8 val_loss:")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_from_outside_ends_a_run_within_a_step_or_two(signum, small, tmp_path):
+    running = small("--steps", "400", "--epochs", "20", wait=False)
+    assert running.wait_for("step:2/400 train_loss")
+    running.kill(signum)
+    done = running.stdout().count("train_loss")
+    result = running.wait()
+    assert_line(result, signum.name, status=128 + signum)
+    steps = [line for line in log_lines(tmp_path) if "train_loss" in line]
+    assert done <= len(steps) <= done + 3
+    assert steps == [line for line in result.stdout.splitlines() if "train_loss" in line]
+
+
+def test_killed_run_leaves_all_it_did(small, tmp_path):
+    before = """
+def around(original, *args):
+    wrap(train_gpt, "train_step", killing)
+    return original(*args)
+calls = []
+def killing(original, *args):
+    calls.append(0)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+wrap(train_gpt, "loop", around)
+"""
+    assert small("--steps", "8", before=before).returncode == -signal.SIGKILL
+    assert log_lines(tmp_path)[-1].startswith("step:3/8 train_loss:")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The log
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Example:
+    """One run of the unchanged train_gpt.py in a Python of its own."""
+
+    folder: Path
+    result: subprocess.CompletedProcess
+    seconds: float
+
+    @property
+    def log(self):
+        return self.folder / "logs" / "example.txt"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("example")
+    options = (*MODEL, *VALIDATION, "--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+    arguments = ("--preset", "tiny", *options, "--steps", "5", "--val-every", "2", "--seed", "7", "--run-id", "example")
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return Example(folder, result, time.monotonic() - begin)
+
+
+STEP = re.compile(r"step:(\d+)/5 (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms")
+
+
+def test_log_begins_with_the_source_and_its_hash(example):
+    source, log = SCRIPT.read_bytes(), example.log.read_bytes()
+    assert log.startswith(source)
+    digest = hashlib.sha256(source).hexdigest()
+    assert log[len(source) :].startswith(f"{RULE}\nsource: {len(source)} bytes, sha256 {digest}\n".encode())
+
+
+def test_log_names_environment_settings_and_data_in_order(example, data):
+    header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode().split(f"{RULE}\n")[1].splitlines()
+    keys = ["source", "python", "pytorch", "cuda", "triton", "hardware", "world size", "git", "settings"]
+    assert [line.partition(": ")[0] for line in header] == [*keys, "data", "data", "data"]
+    values = dict(line.split(": ", 1) for line in header[: len(keys)])
+    assert values["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert values["pytorch"] == torch.__version__
+    assert values["cuda"] == (torch.version.cuda or "none")
+    assert values["hardware"].endswith(f", {os.cpu_count()} cores") and len(values["hardware"]) > 12
+    assert values["world size"] == "1"
+    paths = ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin")
+    assert header[len(keys) :] == [
+        f"data: {path.split('_')[1]} {data / path} {count} tokens"
+        for path, count in zip(paths, ("40,000", "40,000", "3,000"))
+    ]
+    settings = json.loads(values["settings"])
+    assert {name: settings[name] for name in ("preset", "steps", "seed", "dtype", "val_every", "slices")} == {
+        "preset": "tiny", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
+    }  # fmt: skip
+    assert settings["model"]["dim"] == 32 and settings["train_files"] == str(data / "x_train_*.bin")
+    assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == 5
+
+
+def test_log_names_the_commit_and_whether_it_was_dirty(example):
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    line = re.search(r"^git: (.*)$", example.log.read_bytes()[SCRIPT.stat().st_size :].decode(), re.MULTILINE)[1]
+    if git.returncode:
+        assert line == "none"
+    else:
+        assert re.fullmatch(r"[0-9a-f]{40} (clean|dirty)", line)
+
+
+def test_log_of_a_script_outside_any_repository_says_so(launcher, tmp_path, data):
+    shutil.copy(SCRIPT, tmp_path)
+    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "4", "--slices", "8")
+    result = launcher.start(tmp_path / "train_gpt.py", *options, cwd=tmp_path, GIT_CEILING_DIRECTORIES="/").wait()
+    assert result.returncode == 0, result.stderr
+    assert "\ngit: none\n" in only_log(tmp_path).read_text()
+
+
+def test_log_has_every_step_and_validates_at_0_at_every_val_every_and_at_the_end(example):
+    lines = log_lines(example.folder)
+    steps = [STEP.fullmatch(line) for line in lines[:-1]]
+    assert all(steps), lines
+    assert [(int(step[1]), step[2]) for step in steps] == [
+        (0, "val"), (1, "train"), (2, "train"), (2, "val"), (3, "train"), (4, "train"), (4, "val"), (5, "train"),
+        (5, "val"),
+    ]  # fmt: skip
+    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", lines[-1])
+    assert 50 < int(lines[-1].split()[3]) < 20_000
+    times = [int(step[4]) for step in steps]
+    assert times == sorted(times) and times[0] <= 5
+    for step in steps:
+        assert abs(float(step[5]) - int(step[4]) / max(int(step[1]), 1)) <= 0.51
+    assert times[-1] / 1000 < example.seconds
+
+
+def test_losses_begin_at_that_of_a_uniform_guess_and_fall(example):
+    losses = [float(step[3]) for line in log_lines(example.folder) if (step := STEP.fullmatch(line)) and step[2] == "val"]
+    assert losses == sorted(losses, reverse=True)
+    # At first every token has nearly the same logit: the loss is the logarithm of the padded vocabulary.
+    assert abs(losses[0] - np.log(384)) < 0.05
+
+
+def test_output_into_a_pipe_is_plain_lines_and_those_of_the_log(example):
+    lines = log_lines(example.folder)
+    assert [line for line in example.result.stdout.splitlines() if re.match("step:|peak", line)] == lines
+    assert "\r" not in example.result.stdout and "logs/example.txt" in example.result.stdout
+    assert example.result.stderr == ""
+
+
+def test_run_leaves_nothing_but_its_log(example):
+    assert sorted(path.name for path in example.folder.rglob("*")) == ["example.txt", "logs"]
+
+
+def test_logbook_reads_the_log(example):
+    result = subprocess.run([sys.executable, LOGBOOK, "show", "--json", example.log], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (run,) = json.loads(result.stdout)
+    last = STEP.fullmatch(log_lines(example.folder)[-2])
+    header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode()
+    expected = {
+        "total_steps": 5,
+        "final_step": 5,
+        "val_loss": float(last[3]),
+        "train_time_ms": float(last[4]),
+        "step_avg_ms": float(last[5]),
+        "hardware": re.search("^hardware: (.*)$", header, re.MULTILINE)[1],
+        "commit": re.search("^git: (.*)$", header, re.MULTILINE)[1],
+        "peak_memory_mib": float(log_lines(example.folder)[-1].split()[3]),
+    }
+    assert {key: run[key] for key in expected} == expected
+
+
+def test_logbook_extracts_the_script_byte_for_byte(example, tmp_path):
+    command = [sys.executable, LOGBOOK, "extract", example.log, "--out", tmp_path / "train.py"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert (tmp_path / "train.py").read_bytes() == SCRIPT.read_bytes()
+
+
+def test_clock_runs_in_steps_only(small, tmp_path):
+    # A clock that shows a second for every step and a thousand for every validation and for all that comes before.
+    before = """
+now = [0.0]
+class Time:
+    perf_counter = staticmethod(lambda: now[0])
+    def __getattr__(self, name):
+        return getattr(time, name)
+def taking(seconds):
+    def around(original, *args):
+        now[0] += seconds
+        return original(*args)
+    return around
+train_gpt.time = Time()
+wrap(train_gpt, "train_step", taking(1))
+for name in ("plan_batches", "warm_up", "validate"):
+    wrap(train_gpt, name, taking(1000))
+train_gpt.measure_peak = lambda *args: 1e12
+"""
+    assert small("--steps", "6", "--val-every", "2", before=before).returncode == 0
+    timed = [re.match(r"step:(\d+)/6 .*train_time:(\d+)ms step_avg:(.*)ms", line) for line in log_lines(tmp_path)[:-1]]
+    assert len(timed) == 1 + 6 + 3
+    for step in timed:
+        assert int(step[2]) == 1000 * int(step[1])
+        assert float(step[3]) == (1000 if int(step[1]) else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The terminal
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_terminal(main, running):
+    """All that a run writes to its terminal, until it ends."""
+    os.set_blocking(main, False)
+    text, done = b"", None
+    while True:
+        try:
+            text += os.read(main, 65536)
+        except (BlockingIOError, OSError):
+            if done is not None:
+                return text.decode(), done
+            done = running.launcher.ask({"wait": running.pid})
+            time.sleep(0.01)
+
+
+def test_terminal_shows_one_status_line_and_the_log_is_the_same(small, tmp_path):
+    main, terminal = pty.openpty()
+    before = "wrap(train_gpt, 'train_step', lambda original, *args: (time.sleep(0.12), original(*args))[1])\n"
+    arguments = ("--steps", "8", "--val-every", "4", "--run-id", "shown")
+    running = small(*arguments, before=before, terminal=os.ttyname(terminal), wait=False, COLUMNS="160", TERM="xterm")
+    text, status = read_terminal(main, running)
+    os.close(main), os.close(terminal)
+    assert status == 0, text
+    assert "train_loss" not in text  # lines that stay are validations
+    assert re.findall(r"step:(\d)/8 val_loss", text) == ["0", "4", "8"]
+    states = [part for part in re.split(r"[\r\n]", text) if "tokens/s" in part]
+    assert len(states) >= 4
+    for state in states[1:]:
+        step = re.search(r"\b(\d)/8\b", state)[1]
+        shown = re.search(r"loss (\d+\.\d{4}).* [\d,]+ tokens/s.* \d+ ?% of the floor", state)
+        left = re.search(r"\d\d:\d\d left", state)
+        assert shown and left, state
+        assert f"step:{step}/8 train_loss:{shown[1]} " in only_log(tmp_path).read_text()
+    kinds = [re.sub(r"\d+\.\d+|\d+ms", "", line) for line in log_lines(tmp_path)]
+    folder = tmp_path / "piped"
+    folder.mkdir()
+    assert small(*arguments, before=before, cwd=folder).returncode == 0
+    assert kinds[:-1] == [re.sub(r"\d+\.\d+|\d+ms", "", line) for line in log_lines(folder)][:-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+SCALARS = [
+    field
+    for owner in (program.Settings, program.ModelConfig)
+    for field in dataclasses.fields(owner)
+    if field.name not in ("preset", "model", "stages", "extension", "layers", "mudd_sources")
+]
+
+
+def value_in(settings, name):
+    return getattr(settings if hasattr(settings, name) else settings.model, name)
+
+
+@pytest.mark.parametrize("preset", ["record", "tiny"])
+def test_help_lists_every_field_with_its_line_and_default(preset, launcher, tmp_path):
+    result = launcher.start(SCRIPT, "--preset", preset, "--help", cwd=tmp_path, COLUMNS="300").wait()
+    assert result.returncode == 0 and result.stderr == "" and not list(tmp_path.iterdir())
+    text = " ".join(result.stdout.split())
+    for field in SCALARS:
+        option, default = "--" + field.name.replace("_", "-"), value_in(program.PRESETS[preset], field.name)
+        shown = "" if default in (None, "") else rf" \(default: {re.escape(str(default))}\)"
+        line = rf"{option} [A-Z]+ (?P<help>(?:(?!--[a-z]).){{8,}}?){shown}( --| model|$)"
+        found = re.search(line, text)
+        assert found, option
+        assert found["help"].startswith(field.metadata["help"])
+
+
+def test_every_field_can_be_set(launcher):
+    settings = program.PRESETS["tiny"]
+    for field in SCALARS:
+        old = value_in(settings, field.name)
+        if isinstance(old, bool):
+            new = not old
+        elif field.name == "dtype":
+            new = "bfloat16"
+        elif isinstance(old, str):
+            new = "something else"
+        else:
+            new = (old or 24) * 2
+        for arguments in ([f"--{field.name.replace('_', '-')}", str(new)], [f"--{field.name.replace('_', '-')}={new}"]):
+            changed, dry_run = program.parse_arguments(["--preset", "tiny", *arguments])
+            assert value_in(changed, field.name) == new and type(value_in(changed, field.name)) is type(new)
+            assert not dry_run
+            others = [other.name for other in SCALARS if other.name not in (field.name, "momentum_warmup")]
+            if field.name == "steps":
+                others.remove("momentum_cooldown")
+            assert [value_in(changed, name) for name in others] == [value_in(settings, name) for name in others]
+
+
+def test_steps_shrink_all_stages_in_proportion_and_count_the_extension():
+    for preset, steps in (("tiny", 49), ("record", 139), ("tiny", 4), ("record", 2780)):
+        settings, _ = program.parse_arguments(["--preset", preset, "--steps", str(steps)])
+        old = [stage.steps for stage in program.PRESETS[preset].all_stages]
+        new = [stage.steps for stage in settings.all_stages]
+        assert sum(new) == settings.total_steps == steps
+        for before, after in zip(old, new):
+            assert after >= 1 and abs(after - before * steps / sum(old)) <= 1
+
+
+# Recipe: 460 steps of each batch, then 10; and the matrices that every token is multiplied with.
+RECORD_TOKENS = 460 * (131_072 + 262_144 + 393_216) + 10 * 393_216
+RECORD_ACTIVE = {"head": 768 * 50_304, "MLP": 11 * 8 * 768**2, "attention": 10 * 4 * 768**2}
+
+
+@pytest.mark.parametrize("preset", ["record", "tiny"])
+def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path):
+    result = launcher.start(SCRIPT, "--preset", preset, "--dry-run", cwd=tmp_path).wait()
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert not list(tmp_path.iterdir())
+    rows = re.findall(r"^(\w+) +(\d+(?: x \d+)*) +([\d,]+)  ", result.stdout, re.MULTILINE)
+    assert {"lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank", "value_embeds", "resid_lambdas"} <= {r[0] for r in rows}
+    counts = [int(count.replace(",", "")) for _, _, count in rows]
+    assert counts == [int(np.prod([int(n) for n in shape.split(" x ")])) for _, shape, _ in rows]
+    assert f"{sum(counts):,}" == re.search(r"^total +([\d,]+)$", result.stdout, re.MULTILINE)[1]
+    for words in ("GFLOP a token", "GiB", "s at the floor", "s at 45 %"):
+        assert words in result.stdout
+    for stage in (*program.PRESETS[preset].stages, program.PRESETS[preset].extension):
+        short, long = stage.windows
+        row = rf"^\S+ +{stage.steps} +{stage.batch_tokens:,} .* {stage.max_seq_len:,} +{short}, {long}\b"
+        assert re.search(row, result.stdout, re.MULTILINE), row
+
+
+def test_dry_run_of_the_record_has_the_recipes_totals(launcher, tmp_path):
+    text = launcher.start(SCRIPT, "--dry-run", cwd=tmp_path).wait().stdout
+    assert f"training tokens: {RECORD_TOKENS / 1e6:.1f}M" in text and "365.7M" in text
+    active = re.search(r"active matrix parameters: ([\d.]+)M", text)[1]
+    assert abs(float(active) - sum(RECORD_ACTIVE.values()) / 1e6) < 0.06 and active.startswith("114")
+    for name, count in RECORD_ACTIVE.items():
+        assert f"{name} {count / 1e6:.1f}M" in text
+    # 6 FLOP a parameter, and 12 a channel and key: 8 layers with the short and 2 with the long window.
+    windows = {460: [(128, 384), (384, 896), (640, 1408)], 10: [(768, 1664)]}
+    batches = {(128, 384): 131_072, (384, 896): 262_144, (640, 1408): 393_216, (768, 1664): 393_216}
+    flops = sum(
+        steps * batches[pair] * (6 * sum(RECORD_ACTIVE.values()) + 12 * 768 * (8 * pair[0] + 2 * pair[1]))
+        for steps, pairs in windows.items()
+        for pair in pairs
+    )
+    assert abs(float(re.search(r"([\d.]+) GFLOP a token", text)[1]) - flops / RECORD_TOKENS / 1e9) < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Repeatability
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_losses_bit_for_bit_and_another_seed_others(small, tmp_path):
+    before = """
+def noting(original, *args):
+    value = original(*args)
+    print("exactly", float(value).hex())
+    return value
+def around(original, *args):
+    wrap(train_gpt, "train_step", noting)
+    wrap(train_gpt, "validate", noting)
+    return original(*args)
+wrap(train_gpt, "loop", around)
+"""
+    runs = []
+    for seed in (1, 1, 2):
+        result = small("--steps", "6", "--val-every", "3", "--seed", seed, before=before)
+        assert result.returncode == 0, result.stderr
+        runs.append(re.findall("exactly (.*)", result.stdout))
+    assert len(runs[0]) == 6 + 3 and all("nan" not in value for value in runs[0])
+    assert runs[0] == runs[1]
+    assert all(one != other for one, other in zip(runs[0], runs[2]))
+
+
+def snapshot(thing):
+    """All that an object holds: tensors as bytes, containers and objects member by member."""
+    if isinstance(thing, torch.Tensor):
+        return thing.dtype, tuple(thing.shape), thing.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(thing, dict):
+        return {key: snapshot(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [snapshot(value) for value in thing]
+    return repr(thing)
+
+
+@pytest.mark.parametrize("steps_before", [0, 5], ids=["before the first step", "after some steps"])
+def test_warm_up_leaves_no_trace(steps_before, monkeypatch):
+    settings, _ = program.parse_arguments(["--preset", "tiny", *MODEL, "--steps", "8", "--val-seq-len", "256"])
+    shrink = [replace(stage, batch_tokens=512) for stage in (*settings.stages, settings.extension)]
+    settings = replace(settings, stages=tuple(shrink[:-1]), extension=shrink[-1])
+    world = program.World(0, 1, torch.device("cpu"))
+    torch.manual_seed(3)
+    model = program.GPT(settings.model)
+    with torch.no_grad():
+        for p in model.parameters():  # nothing is zero, so that everything has a gradient
+            p.copy_(torch.randn_like(p) * 0.1)
+    model.embed.data.copy_(model.lm_head.data.T)
+    optimizer = program.Optimizer(model, settings, 0, 1)
+    for step in range(3, 3 + steps_before):  # the head and the embedding part on the way
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step(program.schedule(settings, step))
+
+    def all_there_is():
+        rng = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        grads = {name: p.grad is None for name, p in model.named_parameters()}
+        return snapshot([dict(model.named_parameters()), dict(model.named_buffers()), vars(optimizer), rng, grads])
+
+    for p in model.parameters():
+        p.grad = None
+    before, during = all_there_is(), []
+    step = program.Optimizer.step
+
+    def watched(*args, **kwargs):
+        step(*args, **kwargs)
+        during.append(snapshot(dict(model.named_parameters())))
+
+    monkeypatch.setattr(program.Optimizer, "step", watched)
+    program.warm_up(settings, model, model, optimizer, world)
+    assert during and all(during[-1][name] != value for name, value in before[0].items())  # it did train
+    after = all_there_is()
+    for part, (old, new) in zip(("parameters", "buffers", "optimizer", "random numbers", "gradients"), zip(before, after)):
+        assert old == new, part

@@ -162,7 +162,7 @@ class ReferenceGPT:
         w_q, w_k = p["qk_bank"].reshape(len(self.attending), 2, H, d, c.dim)[n]
         w_v, w_o = p["vo_bank"][2 * n].reshape(H, d, c.dim), p["vo_bank"][2 * n + 1]
         pair = layer.attention == "paired" and c.paired_heads
-        outputs = {}
+        parts = {}
         for h in range(H):
             position = [2 * t + h % 2 if pair else t for t in range(T)]
             q = [rotated(norm(in_scale * w_q[h] @ a[t]), position[t], self.frequencies) for t in range(T)]
@@ -170,15 +170,15 @@ class ReferenceGPT:
             v = [in_scale * w_v[h] @ a[t] + to_v[t, h * d : h * d + d] for t in range(T)]
             if layer.window == "long" and c.key_offset:
                 k = [k[t] if self.begins[t] else torch.cat((k[t][: d // 2], k[t - 1][d // 2 :])) for t in range(T)]
-            outputs[h] = q, k, v
-        y = {h: attended(*outputs[h], self.docs, window, self.scale) for h in range(H) if not pair}
+            parts[h] = q, k, v
+        y = {h: attended(*parts[h], self.docs, window, self.scale) for h in range(H) if not pair}
         for h in range(0, H if pair else 0, 2):
-            both = [[x for of_token in zip(*parts) for x in of_token] for parts in zip(outputs[h], outputs[h + 1])]
+            both = [[x for token in zip(*heads) for x in token] for heads in zip(parts[h], parts[h + 1])]
             z = attended(*both, [doc for doc in self.docs for _ in range(2)], window, self.scale)
             y[h], y[h + 1] = z[0::2], z[1::2]
         for h in range(H):
             for t in range(T):
-                v = outputs[h][2][t]
+                v = parts[h][2][t]
                 if layer.xsa and c.xsa and v.any():
                     unit = v / v.square().sum().sqrt()
                     y[h][t] = y[h][t] - p["xsa_alphas"][self.excluding.index(i), h].tanh() * (y[h][t] @ unit) * unit

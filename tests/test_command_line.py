@@ -6,6 +6,7 @@ certain moment, and then calls the same `main`.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +45,12 @@ import dataclasses, os, signal, sys, time
 import torch
 import train_gpt
 
-tiny = train_gpt.PRESETS["tiny"]
-stages = [dataclasses.replace(stage, batch_tokens=1024) for stage in (*tiny.stages, tiny.extension)]
-train_gpt.PRESETS["tiny"] = dataclasses.replace(tiny, stages=tuple(stages[:-1]), extension=stages[-1])
+def all_stages(**changes):
+    for name, preset in train_gpt.PRESETS.items():
+        *stages, extension = (dataclasses.replace(stage, **changes) for stage in (*preset.stages, preset.extension))
+        train_gpt.PRESETS[name] = dataclasses.replace(preset, stages=tuple(stages), extension=extension)
+
+all_stages(batch_tokens=1024)
 
 def wrap(owner, name, around):
     original = getattr(owner, name)
@@ -148,7 +153,7 @@ class Launcher:
         self.folder, self.count = folder, 0
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.environment = {name: text for name, text in environment.items() if name != "RANK"}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=self.environment, **pipes)
 
     def ask(self, order):
@@ -208,9 +213,10 @@ def data(tmp_path_factory):
 def command(launcher, data, tmp_path):
     """Runs `train_gpt.py --preset tiny …` on the shards, in an empty folder, and returns what came of it."""
 
-    def run(*arguments, script=SCRIPT, cwd=tmp_path, wait=True, **how):
-        options = (*MODEL, *VALIDATION, "--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
-        running = launcher.start(script, "--preset", "tiny", *options, *arguments, cwd=cwd, **how)
+    def run(*arguments, script=SCRIPT, preset="tiny", cwd=tmp_path, wait=True, **how):
+        files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+        options = ("--preset", preset, "--vocab-size", "257", "--bos-id", "256", *MODEL, *VALIDATION, *files)
+        running = launcher.start(script, *options, *arguments, cwd=cwd, **how)
         return running.wait() if wait else running
 
     return run
@@ -260,8 +266,8 @@ def log_lines(folder):
 
 @pytest.mark.parametrize("preset", ["tiny", "record"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_missing_shards_are_answered_with_the_pattern_and_the_command_that_makes_them(preset, split, command, tmp_path):
-    result = command("--preset", preset, f"--{split}-files", "data/none_*.bin")
+def test_missing_shards_are_answered_with_the_pattern_and_the_command_that_makes_them(preset, split, small, tmp_path):
+    result = small("--steps", "4", f"--{split}-files", "data/none_*.bin", preset=preset)
     line = assert_refused(result, tmp_path, "data/none_*.bin", "python data/")
     script = re.search(r"python (data/\S+\.py)", line)[1]
     assert script == {"tiny": "data/embedded.py", "record": "data/cached_fineweb10B.py"}[preset]
@@ -333,11 +339,11 @@ def test_shards_too_small_for_one_batch_say_so_before_the_run(small, tmp_path):
 
 
 def test_too_few_validation_tokens_are_counted(small, tmp_path):
-    line = assert_refused(small("--val-tokens", "3072", "--steps", "8"), tmp_path, "3,000", "--val-tokens")
+    line = assert_refused(small("--val-tokens", "3072", "--steps", "4"), tmp_path, "3,000", "--val-tokens")
     assert re.search(r"\b3,?072\b", line)
     folder = tmp_path / "all_but_the_last_target"
     folder.mkdir()
-    assert_refused(small("--val-tokens", "3000", "--val-seq-len", "1000", cwd=folder), folder, "3,000")
+    assert_refused(small("--val-tokens", "3000", "--val-seq-len", "1000", "--steps", "4", cwd=folder), folder, "3,000")
     assert small("--val-tokens", "2999", "--val-seq-len", "2999", "--steps", "4", cwd=folder).returncode == 0
 
 
@@ -419,12 +425,12 @@ def test_unknown_option_or_value_is_named_with_the_closest_that_exists(arguments
     ["--dim 0", "--dim -32", "--dim 4", "--heads 0", "--heads 16", "--vocab-size 0", "--bos-id -1", "--bos-id 99999"]
     + ["--bigram-dim 0", "--bigram-dim 33", "--bigram-rows 0", "--momentum-warmup 0", "--momentum-cooldown 0"]
     + ["--cooldown 0", "--cooldown 1", "--cooldown 2", "--val-short-window 0", "--val-long-window -1"]
-    + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1", "--slices 1024"]
+    + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1", "--slices 1024", "--slices 256"]
     + ["--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
 )
 def test_odd_value_is_refused_or_run_but_never_answered_with_a_traceback(option, small, tmp_path):
-    # Momentum's options before --steps, which scales them: a value must be sound whatever --steps is.
-    result = small("--steps", "4", *option.split(), before="train_gpt.with_steps = lambda s, n: unscaled(s, n)\n" * 0)
+    short = ("--val-tokens", "64", "--val-seq-len", "64", *option.split())
+    result = small(*short, before="all_stages(steps=1)\n")  # --steps would scale the momentum's options
     assert "Traceback" not in result.stderr
     if result.returncode == 0:
         assert log_lines(tmp_path)[-2].startswith("step:4/4 val_loss:")
@@ -462,7 +468,9 @@ def test_place_where_no_log_can_be_written_is_named(small, tmp_path):
         (("--attention-scale", "nan"), 1),
     ],
 )
-def test_loss_that_is_not_finite_stops_the_run_at_that_step_and_the_log_names_it(option, first_bad_step, small, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run_at_its_step_and_the_log_names_it(
+    option, first_bad_step, small, tmp_path
+):
     result = small("--steps", "8", *option)
     assert_line(result, f"step {first_bad_step}", status=3)
     lines = log_lines(tmp_path)
@@ -761,7 +769,7 @@ def test_log_has_every_step_and_validates_at_0_at_every_val_every_and_at_the_end
 
 
 def test_losses_begin_at_that_of_a_uniform_guess_and_fall(example):
-    losses = [float(step[3]) for line in log_lines(example.folder) if (step := STEP.fullmatch(line)) and step[2] == "val"]
+    losses = [float(step[3]) for step in map(STEP.match, log_lines(example.folder)) if step and step[2] == "val"]
     assert losses == sorted(losses, reverse=True)
     # At first every token has nearly the same logit: the loss is the logarithm of the padded vocabulary.
     assert abs(losses[0] - np.log(384)) < 0.05
@@ -783,18 +791,19 @@ def test_logbook_reads_the_log(example):
     assert result.returncode == 0 and result.stderr == "", result.stderr
     (run,) = json.loads(result.stdout)
     last = STEP.fullmatch(log_lines(example.folder)[-2])
-    header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode()
     expected = {
         "total_steps": 5,
         "final_step": 5,
         "val_loss": float(last[3]),
         "train_time_ms": float(last[4]),
         "step_avg_ms": float(last[5]),
-        "hardware": re.search("^hardware: (.*)$", header, re.MULTILINE)[1],
-        "commit": re.search("^git: (.*)$", header, re.MULTILINE)[1],
         "peak_memory_mib": float(log_lines(example.folder)[-1].split()[3]),
     }
     assert {key: run[key] for key in expected} == expected
+    header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode()
+    table = subprocess.run([sys.executable, LOGBOOK, "show", example.log], capture_output=True, text=True).stdout
+    assert re.search("^hardware: (.*)$", header, re.MULTILINE)[1] in table
+    assert re.search("^git: (.{8})", header, re.MULTILINE)[1] in table
 
 
 def test_logbook_extracts_the_script_byte_for_byte(example, tmp_path):
@@ -851,9 +860,10 @@ def read_terminal(main, running):
 
 def test_terminal_shows_one_status_line_and_the_log_is_the_same(small, tmp_path):
     main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 160, 0, 0))  # rows and columns
     before = "wrap(train_gpt, 'train_step', lambda original, *args: (time.sleep(0.12), original(*args))[1])\n"
     arguments = ("--steps", "8", "--val-every", "4", "--run-id", "shown")
-    running = small(*arguments, before=before, terminal=os.ttyname(terminal), wait=False, COLUMNS="160", TERM="xterm")
+    running = small(*arguments, before=before, terminal=os.ttyname(terminal), wait=False, TERM="xterm")
     text, status = read_terminal(main, running)
     os.close(main), os.close(terminal)
     assert status == 0, text
@@ -946,8 +956,11 @@ def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path)
     result = launcher.start(SCRIPT, "--preset", preset, "--dry-run", cwd=tmp_path).wait()
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert not list(tmp_path.iterdir())
-    rows = re.findall(r"^(\w+) +(\d+(?: x \d+)*) +([\d,]+)  ", result.stdout, re.MULTILINE)
-    assert {"lm_head", "embed", "qk_bank", "vo_bank", "mlp_bank", "value_embeds", "resid_lambdas"} <= {r[0] for r in rows}
+    parameters = result.stdout.partition("\ntotal ")[0]
+    rows = re.findall(r"^(\w+) +(\d+(?: x \d+)*) +([\d,]+)  ", parameters, re.MULTILINE)
+    config = program.PRESETS[preset].model
+    with torch.device("meta"):
+        assert [name for name, _, _ in rows] == [name for name, _ in program.GPT(config).named_parameters()]
     counts = [int(count.replace(",", "")) for _, _, count in rows]
     assert counts == [int(np.prod([int(n) for n in shape.split(" x ")])) for _, shape, _ in rows]
     assert f"{sum(counts):,}" == re.search(r"^total +([\d,]+)$", result.stdout, re.MULTILINE)[1]
@@ -1051,5 +1064,6 @@ def test_warm_up_leaves_no_trace(steps_before, monkeypatch):
     program.warm_up(settings, model, model, optimizer, world)
     assert during and all(during[-1][name] != value for name, value in before[0].items())  # it did train
     after = all_there_is()
-    for part, (old, new) in zip(("parameters", "buffers", "optimizer", "random numbers", "gradients"), zip(before, after)):
+    parts = ("parameters", "buffers", "optimizer", "random numbers", "gradients")
+    for part, old, new in zip(parts, before, after):
         assert old == new, part

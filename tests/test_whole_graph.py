@@ -1,0 +1,60 @@
+"""CUDA compiles the whole model as one graph; here the same graph is traced on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train_gpt
+
+CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=64, heads=4, bigram_dim=16)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = train_gpt.GPT(CONFIG)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def tokens(length: int = 256):
+    inputs = torch.randint(CONFIG.vocab_size, (length,), dtype=torch.int32)
+    inputs[[0, 57, 130, 131]] = CONFIG.bos_id
+    return inputs, torch.randint(CONFIG.vocab_size, (length,))
+
+
+def test_the_model_with_every_technique_is_one_graph_with_the_same_loss_and_gradients(model):
+    inputs, targets = tokens()
+    context = train_gpt.make_context(CONFIG, len(inputs), (64, 128), model.embed)
+    context = context._replace(mtp=torch.tensor([1.0, 0.5, 0.25]))
+    expected = model(inputs, targets, context)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with torch.compiler.set_stance("default"):
+        compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+        loss = compiled(inputs, targets, context)
+        compiled_gradients = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(compiled_gradients, gradients):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_graph(model, monkeypatch):
+    """As on CUDA: block masks, and windows that are tensors. Its loss is that of banded attention."""
+    inputs, targets = tokens()
+    expected, contexts = [], []
+    for windows, mtp, scale in ((32, 64), [1.0, 0.5, 0.25], 0.1), ((64, 200), [1.0, 0.0, 0.0], 0.13):
+        context = train_gpt.make_context(CONFIG, len(inputs), windows, model.embed)
+        context = context._replace(mtp=torch.tensor(mtp), scale=torch.tensor(scale))
+        with torch.no_grad():
+            expected.append(model(inputs, targets, context).item())
+        contexts.append(context._replace(windows=tuple(torch.tensor(window) for window in windows)))
+    monkeypatch.setattr(train_gpt, "make_mask", train_gpt.block_mask)
+    with torch.compiler.set_stance("default"), torch.no_grad():
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
+        losses = [compiled(inputs, targets, context).item() for context in contexts]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert counter.frame_count == 1

@@ -375,7 +375,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
     factor = steps / settings.total_steps
     ends = np.cumsum([stage.steps for stage in settings.all_stages]) * factor
     # The stages still to come keep a step each, which a short extension would otherwise lose.
-    ends = [min(round(end), steps - (len(ends) - 1 - i)) for i, end in enumerate(ends)]
+    ends = [max(i + 1, min(round(end), steps - (len(ends) - 1 - i))) for i, end in enumerate(ends)]
     lengths = np.diff([0, *ends])
     stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, lengths)]
     return replace(
@@ -599,7 +599,7 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
 def banded_mask(docs: Tensor, window: int) -> Tensor:
     """The allowed pairs as (chunks, 1, C, 2C): queries in chunks of C >= window, keys of that chunk and the one before.
 
-    The last chunk is filled up with positions that see themselves alone.
+    What fills up the first and the last chunk is a document of its own.
     """
     size = max(min(window, docs.numel()), 1)
     chunks = math.ceil(docs.numel() / size)
@@ -608,9 +608,7 @@ def banded_mask(docs: Tensor, window: int) -> Tensor:
     back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
     near = (back >= 0) & (back <= window)
     same = query_docs[:, :, None] == key_docs[:, None, :]
-    # The chunk before the first is no document, nor is the filling, which therefore needs itself.
-    real = (key_docs >= 0)[:, None, :]
-    return ((near & same & real) | (back == 0))[:, None]
+    return (near & same)[:, None]
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
@@ -642,7 +640,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
     """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d)."""
     if isinstance(mask, Tensor):
         return banded_attention(q, k, v, mask, scale)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q * scale.to(q.dtype), k, v))  # (1, H, T, d)
+    q, k, v = (x.transpose(0, 1)[None] for x in ((q.float() * scale).to(q.dtype), k, v))  # (1, H, T, d)
     return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
 
 
@@ -857,7 +855,7 @@ class GPT(nn.Module):
                     added = gated_values(a, row, self.value_gates[self.gated_layers.index(i)])
                 mask = masks[layer.attention, layer.window]
                 y = self.attention(i, a, added, begins, next(weights), mask, context)
-                x = take_up(x, mix, y, origin, bigram)
+                x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
             x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post)
             after.append(x)
         if self.mudd_layers:

@@ -1,0 +1,353 @@
+"""The same run on 1, 2, 3 and 4 processes (gloo, float32): tokens, gradients, losses, and how such a run ends.
+
+Each rank of a run is a process of its own that calls `main`, with a few functions wrapped to note what they saw. Only
+where torchrun itself matters is it used: it takes seconds to start.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+from test_command_line import MAIN, ROOT, RULE, SMALL, VALIDATION, Launcher, random_documents
+
+# 48 is a multiple of 2, 3 and 4; with 3 processes every bank is padded.
+MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "48", "--heads", "2", "--bigram-dim", "16")
+
+# Notes, by rank: what `train_step` got and gave, the gradients that the first update used, and the weights it left.
+NOTING = """
+all_stages(batch_tokens=768)
+notes = {"tokens": [], "losses": [], "validations": [], "own": {}, "reduced": {}, "first": {}, "last": {}}
+
+def copies(params, grad=False):
+    tensors = {name: p.grad if grad else p.detach() for name, p in params.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+
+def noting_loop(original, *args):
+    wrap(train_gpt, "train_step", noting_step)
+    wrap(train_gpt, "validate", noting_validation)
+    wrap(train_gpt.Optimizer, "update", noting_update)
+    wrap(train_gpt.Optimizer, "step", noting_optimizer)
+    try:
+        return original(*args)
+    finally:
+        torch.save(notes, f"notes_{os.environ['RANK']}.pt")
+
+def noting_step(original, *args):
+    notes["tokens"].append(next(arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2).clone())
+    notes["losses"].append(original(*args))
+    return notes["losses"][-1]
+
+def noting_validation(original, *args):
+    notes["validations"].append(original(*args))
+    return notes["validations"][-1]
+
+def noting_update(original, self, name, grad, *args):
+    if not notes["first"]:
+        notes["reduced"][name] = grad.detach().clone()
+    return original(self, name, grad, *args)
+
+def noting_optimizer(original, self, *args):
+    if not notes["first"]:
+        notes["own"] = copies(self.params, grad=True)
+    original(self, *args)
+    notes["first"] = notes["first"] or copies(self.params)
+    notes["last"] = copies(self.params)
+
+wrap(train_gpt, "loop", noting_loop)
+"""
+
+# Adam at the first step too, so that it uses every gradient.
+ADAM_AT_ONCE = """
+wrap(train_gpt, "schedule", lambda original, *args: dataclasses.replace(original(*args), adam=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("runs"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    shards.write_shard(folder / "x_train_000001.bin", random_documents(1, 60_000))
+    shards.write_shard(folder / "x_train_000002.bin", random_documents(2, 60_000))
+    shards.write_shard(folder / "x_val_000000.bin", random_documents(3, 4000))
+    return ("--train-files", folder / "x_train_*.bin", "--val-files", folder / "x_val_*.bin")
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def start(launcher, files):
+    """Starts the ranks of a run, as torchrun would."""
+
+    def start(world_size, folder, *arguments, before=""):
+        folder.mkdir(exist_ok=True)
+        environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, *arguments)
+        return [
+            launcher.start(SMALL + before + MAIN, *options, cwd=folder, RANK=str(r), LOCAL_RANK=str(r), **environment)
+            for r in range(world_size)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def noted(start, tmp_path_factory):
+    """The notes of all ranks of a run, kept for the tests that ask for the same."""
+    kept = {}
+
+    def noted(world_size, slices, steps, before=""):
+        key = world_size, slices, steps, before
+        if key not in kept:
+            folder = tmp_path_factory.mktemp("noted")
+            arguments = ("--slices", slices, "--steps", steps, "--run-id", "noted")
+            for running in start(world_size, folder, *arguments, before=NOTING + before):
+                result = running.wait()
+                assert result.returncode == 0, result.stderr
+            kept[key] = [torch.load(folder / f"notes_{rank}.pt") for rank in range(world_size)]
+            kept[key][0]["log"] = (folder / "logs" / "noted.txt").read_text()
+        return kept[key]
+
+    return noted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same mathematics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+# Slices and number of processes. Where they are equal, the bigram gradient is exchanged row by row.
+RUNS = [(4, 2), (4, 4), (6, 3)]
+
+
+def relative_error(value, expected):
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("slices, world_size", RUNS)
+def test_ranks_see_the_tokens_of_one_process_in_the_same_slices(slices, world_size, noted):
+    steps, before = (20, "") if slices == 4 else (4, ADAM_AT_ONCE)
+    alone, ranks = noted(1, slices, steps, before), noted(world_size, slices, steps, before)
+    assert len(alone[0]["tokens"]) == steps
+    for step, tokens in enumerate(alone[0]["tokens"]):
+        assert torch.equal(torch.cat([rank["tokens"][step] for rank in ranks]), tokens)
+        assert tokens.shape == (slices, 768 // slices + 1)
+        assert all(len(rank["tokens"][step]) == slices // world_size for rank in ranks)
+
+
+@pytest.mark.parametrize("slices, world_size", RUNS)
+def test_first_gradients_are_the_mean_over_ranks_and_those_of_one_process(slices, world_size, noted):
+    alone, ranks = noted(1, slices, 4, ADAM_AT_ONCE), noted(world_size, slices, 4, ADAM_AT_ONCE)
+    assert set(alone[0]["reduced"]) == set(alone[0]["own"]) - {"embed"} and len(alone[0]["own"]) > 10
+    for name, expected in alone[0]["reduced"].items():
+        own = [rank["own"][name].double() for rank in ranks]
+        if name == "lm_head":  # the embedding is its transpose at first
+            own = [grad + rank["own"]["embed"].double().T for grad, rank in zip(own, ranks)]
+        parts = [rank["reduced"][name] for rank in ranks]
+        shared_out = parts[0].shape != own[0].shape
+        reduced = torch.cat(parts) if shared_out else parts[0]
+        if not shared_out:
+            assert all(torch.equal(part, parts[0]) for part in parts), name
+        mean = sum(own) / world_size
+        if not mean.any():
+            assert not reduced.any() and not expected.any(), name
+            continue
+        assert relative_error(reduced, mean) <= 1e-6, name
+        assert not reduced[len(expected) :].any(), name  # the padding of a bank
+        print("ERR", slices, world_size, name, relative_error(reduced[: len(expected)], expected), relative_error(reduced, mean))
+        # A sum in place of the mean would be seen.
+        assert relative_error(sum(own)[: len(expected)], expected) > 0.5, name
+
+
+def test_gradients_are_shared_out_and_padded_where_they_should_be(noted):
+    """The test above compares what it thinks it compares."""
+    alone, ranks = noted(1, 6, 4, ADAM_AT_ONCE)[0], noted(3, 6, 4, ADAM_AT_ONCE)[0]
+    for name in ("qk_bank", "vo_bank", "mlp_bank", "lm_head", "value_embeds", "bigram_table"):
+        assert len(ranks["reduced"][name]) * 3 == len(ranks["own"][name]), name
+    assert any(len(ranks["own"][name]) > len(alone["own"][name]) for name in ("qk_bank", "vo_bank", "mlp_bank"))
+    for name in ("resid_lambdas", "qkv_lambdas", "value_gates"):
+        assert ranks["reduced"][name].shape == alone["own"][name].shape, name
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_losses_of_20_steps_are_those_of_one_process(world_size, noted):
+    alone, ranks = noted(1, 4, 20)[0], noted(world_size, 4, 20)
+    losses = sum(np.array([loss.item() for loss in rank["losses"]]) for rank in ranks)
+    expected = np.array([loss.item() for loss in alone["losses"]])
+    assert len(expected) == 20 and np.ptp(expected) > 0.2  # it trains
+    assert np.abs(losses - expected).max() <= 1e-5
+    for rank in ranks:
+        assert np.abs(np.array(rank["validations"]) - alone["validations"]).max() <= 1e-5
+    for log in (alone["log"], ranks[0]["log"]):
+        logged = [float(loss) for loss in re.findall(r"^step:\d+/20 train_loss:(\S+)", log, re.MULTILINE)]
+        assert np.abs(logged - expected).max() <= 0.5e-4 + 1e-5
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("moment", ["first", "last"])
+def test_all_ranks_hold_the_same_weights_after_an_update(moment, world_size, noted):
+    ranks = noted(world_size, 4, 20)
+    for name, value in ranks[0][moment].items():
+        for rank in ranks[1:]:
+            assert torch.equal(rank[moment][name], value), name
+    assert any(not torch.equal(ranks[0]["last"][name], value) for name, value in ranks[0]["first"].items())
+
+
+def test_ranks_that_begin_with_other_weights_take_those_of_rank_0(start, noted, tmp_path):
+    other = """
+wrap(torch, "manual_seed", lambda original, seed: original(seed + 1000 * int(os.environ["RANK"])))
+"""
+    for running in start(2, tmp_path, "--slices", 4, "--steps", 4, before=NOTING + ADAM_AT_ONCE + other):
+        result = running.wait()
+        assert result.returncode == 0, result.stderr
+    ranks, expected = [torch.load(tmp_path / f"notes_{rank}.pt") for rank in range(2)], noted(2, 4, 4, ADAM_AT_ONCE)
+    for rank, its in zip(ranks, expected):
+        assert rank["losses"] == its["losses"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same end
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def counting(world_size, signalled, name, step=3):
+    """Each rank writes down its steps; in one step of one rank a signal comes. The others are slower or faster."""
+    return f"""
+def counting_loop(original, *args):
+    wrap(train_gpt, "train_step", counting_step)
+    return original(*args)
+def counting_step(original, *args):
+    rank = int(os.environ["RANK"])
+    with open(f"steps_{{rank}}", "a") as file:
+        file.write("x")
+    time.sleep(0.05 * ((rank + 1) % {world_size}))
+    if rank == {signalled} and os.path.getsize(f"steps_{{rank}}") == {step}:
+        os.kill(os.getpid(), signal.{name})
+    return original(*args)
+wrap(train_gpt, "loop", counting_loop)
+"""
+
+
+def assert_whole_log(folder, last_step):
+    (path,) = (folder / "logs").iterdir()
+    text = path.read_text()
+    assert text.endswith("\n")
+    steps = re.findall(r"^step:(\d+)/.*ms$", text.split(f"\n{RULE}\n")[-1], re.MULTILINE)
+    assert int(steps[-1]) == last_step
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signal_to_one_rank_ends_all_after_the_same_step(name, status, signalled, start, tmp_path):
+    before = counting(2, signalled, name)
+    results = [running.wait() for running in start(2, tmp_path, "--steps", 40, "--epochs", 9, before=before)]
+    assert results[signalled].returncode == status
+    assert results[1 - signalled].returncode in (status, 143)
+    assert [(tmp_path / f"steps_{rank}").stat().st_size for rank in (0, 1)] == [3, 3]
+    assert_whole_log(tmp_path, last_step=3)
+    assert results[0].stderr.count("\n") == 1 and "stopped by SIG" in results[0].stderr
+    assert results[1].stderr == "" and results[1].stdout == ""
+
+
+def test_loss_that_is_not_finite_ends_all_ranks(start, tmp_path):
+    results = [running.wait() for running in start(2, tmp_path, "--steps", 8, "--muon-lr", "1e38")]
+    assert [result.returncode for result in results] == [3, 3], results[1].stderr
+    assert results[0].stderr.count("\n") == 1 and "step 2" in results[0].stderr
+    assert results[1].stderr == "" and results[1].stdout == ""
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.read_text().endswith("\nloss is not finite: step 2\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--stepz", "8"), "--steps"),
+        (("--slices", "3"), "2 processes"),
+        (("--train-files", "none_*.bin"), "none_*.bin"),
+        (("--val-tokens", "8192", "--steps", "8"), "8192"),
+    ],
+)
+def test_mistake_is_printed_once_by_rank_0_alone(arguments, words, start, tmp_path):
+    results = [running.wait() for running in start(2, tmp_path, *arguments)]
+    assert [result.returncode for result in results] == [2, 2]
+    assert results[0].stderr.count("\n") == 1 and words in results[0].stderr
+    assert results[1].stderr == "" and results[0].stdout == results[1].stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistake_that_rank_0_alone_can_see_leaves_no_rank_behind(start, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "mine.txt").write_text("precious")
+    ranks = start(2, tmp_path, "--steps", 8, "--run-id", "mine")
+    result = ranks[0].wait()
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "mine.txt" in result.stderr
+    time.sleep(0.3)
+    ranks[1].kill(signal.SIGTERM)  # what torchrun does
+    result = ranks[1].wait(30)
+    assert result.returncode != 0 and result.stderr == "" and result.stdout == ""
+    assert (tmp_path / "logs" / "mine.txt").read_text() == "precious"
+
+
+def test_dry_run_prints_its_plan_once(start, tmp_path):
+    results = [running.wait() for running in start(2, tmp_path, "--dry-run")]
+    assert [result.returncode for result in results] == [0, 0]
+    assert results[0].stdout.count("training tokens") == 1
+    assert results[1].stdout == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Under torchrun
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def torchrun(script, folder, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=folder, env=environment, **pipes)
+
+
+def test_mistake_is_printed_under_torchrun_even_where_rank_0_is_the_slowest_to_see_it(tmp_path):
+    # torchrun ends all ranks as soon as one has failed.
+    script = tmp_path / "late.py"
+    script.write_text("import os, time\ntime.sleep(2.5 * (os.environ['RANK'] == '0'))\nimport sys, train_gpt\n" + MAIN)
+    process = torchrun(script, tmp_path, "--preset", "tiny", "--stepz", 8)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert len(re.findall(r"^train_gpt\.py: .*--steps", stderr, re.MULTILINE)) == 1, stderr
+    assert stderr.index("train_gpt.py: ") < stderr.index("ChildFailedError")
+
+
+def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SMALL + counting(2, signalled=-1, name="SIGTERM") + MAIN)
+    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
+    process = torchrun(script, tmp_path, *options)
+    for line in process.stdout:
+        if line.startswith("step:3/400 train_loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert stderr.count("stopped by SIGTERM") == 1, stderr
+    steps = [(tmp_path / f"steps_{rank}").stat().st_size for rank in (0, 1)]
+    assert steps[0] == steps[1] and 3 <= steps[0] <= 10
+    assert_whole_log(tmp_path, steps[0])

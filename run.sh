@@ -3,7 +3,7 @@
 # Arguments go to train_gpt.py. Environment: NPROC (processes on this node), and for several nodes NNODES, NODE_RANK,
 # MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
-cd "$(dirname "$0")"
+CDPATH='' cd -- "$(dirname "$0")"
 . ./setup.sh
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)

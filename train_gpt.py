@@ -1335,8 +1335,17 @@ class Stopped(Exception):
         self.signum = signum
 
 
+def complain(text: str) -> None:
+    """The one line on stderr that says why a run ends, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
+
+
 class StopSignal:
-    """SIGINT and SIGTERM: while `deferred`, remembered for the loop to see; otherwise raised as `Stopped`."""
+    """SIGINT and SIGTERM. While `deferred`, the first is remembered for the loop to see; else the process ends at once.
+
+    An exception would not do: raised inside a compiler or a destructor, it may be swallowed.
+    """
 
     def __init__(self):
         self.deferred, self.signum = False, 0
@@ -1345,7 +1354,8 @@ class StopSignal:
 
     def handle(self, signum: int, frame) -> None:
         if not self.deferred or self.signum:  # a second one does not wait for the step to end
-            raise Stopped(signum)
+            complain(f"stopped by {signal.Signals(signum).name}")
+            os._exit(128 + signum)
         self.signum = signum
 
 
@@ -1364,19 +1374,23 @@ class World:
                 dist.broadcast(tensor.data, src=0)
 
 
-def start_processes() -> World:
-    """Joins the process group that torchrun describes in the environment, if it does; chooses the device."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def find_world() -> World:
+    """This process's place in what torchrun describes in the environment, and its device."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.use_deterministic_algorithms(True)
-    if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)
+
+
+def join_processes(world: World) -> None:
+    """Meets the other processes."""
+    if world.size > 1:
+        cuda = world.device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -1397,16 +1411,26 @@ def divides(settings: Settings, slices: int, world_size: int) -> bool:
     return slices % world_size == 0 and all(stage.batch_tokens % slices == 0 for stage in settings.all_stages)
 
 
+def out_of_memory(settings: Settings, world_size: int) -> str:
+    """What to try when memory did not suffice: the next larger number of slices that divides."""
+    largest = max(stage.batch_tokens for stage in settings.all_stages)
+    fits = [n for n in range(2 * settings.slices, largest + 1) if divides(settings, n, world_size)]
+    return f"out of memory with {settings.slices} slices; try {f'--slices {fits[0]}' if fits else 'a smaller model'}"
+
+
 def check_divisions(settings: Settings, world_size: int) -> None:
     """UserError unless slices share out evenly over batches and processes, and validation over its sequences."""
     if not divides(settings, settings.slices, world_size):
         batches = sorted({stage.batch_tokens for stage in settings.all_stages})
+        what, near = "--slices", settings.slices
         fits = [n for n in range(1, batches[0] + 1) if divides(settings, n, world_size)]
-        nearest = sorted(sorted(fits, key=lambda n: abs(n - settings.slices))[:2])
-        advice = f"nearest that work: --slices {' or '.join(map(str, nearest))}" if nearest else "use fewer processes"
+        if not fits:
+            what, near = "a number of processes of", world_size
+            fits = [n for n in range(1, 2 * world_size) if divides(settings, settings.slices, n)]
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - near))[:2])
         raise UserError(
             f"batches of {', '.join(f'{batch:,}' for batch in batches)} tokens, {settings.slices} slices and "
-            f"{world_size} processes do not divide; {advice}"
+            f"{world_size} processes do not divide; nearest that work: {what} {' or '.join(map(str, nearest))}"
         )
     tables = {"dim": settings.model.dim, "padded vocabulary": settings.model.padded_vocab}
     for name, size in tables.items():
@@ -1485,7 +1509,7 @@ class Log:
 
     def __init__(self, settings: Settings, world: World):
         self.main = world.rank == 0
-        self.terminal = sys.stdout.isatty()
+        self.terminal = self.main and sys.stdout.isatty()
         self.file = None
         self.bar = None
         self.settings = settings
@@ -1561,6 +1585,21 @@ class Log:
             self.bar.close()
         if self.file is not None:
             self.file.close()
+
+
+def open_log(settings: Settings, world: World) -> Log:
+    """The log on every rank; if rank 0 cannot open its file, UserError on every rank."""
+    log, error = None, None
+    try:
+        log = Log(settings, world)
+    except UserError as raised:
+        error = raised
+    failed = torch.tensor(float(error is not None), device=world.device)
+    if world.size > 1:
+        dist.broadcast(failed, src=0)
+    if failed:
+        raise error or UserError("rank 0 could not open the log")
+    return log
 
 
 def timing(milliseconds: float, step: int) -> str:
@@ -1658,6 +1697,7 @@ def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tens
 def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
     """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
     parameters = [p.detach().cpu().clone() for p in model.parameters()]
+    counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
     state = {name: {key: value.cpu().clone() for key, value in each.items()} for name, each in optimizer.state.items()}
     generator = torch.Generator().manual_seed(world.rank)
 
@@ -1666,7 +1706,9 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         return tokens.to(world.device)
 
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
-    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0):
+    for (length, windows), stage in tqdm(
+        shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or not sys.stdout.isatty()
+    ):
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
@@ -1686,9 +1728,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     for name, each in state.items():
         for key, value in each.items():
             optimizer.state[name][key].copy_(value)
-    optimizer.updates = dict.fromkeys(optimizer.updates, 0)
-    optimizer.touched.clear()
-    optimizer.tied = settings.stages[0].tied
+    optimizer.updates, optimizer.tied, optimizer.touched = counters
 
 
 def compiles() -> bool:
@@ -1707,12 +1747,13 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
 
-    torch.manual_seed(settings.seed)
-    model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
-    world.broadcast(model)
-    optimizer = Optimizer(model, settings, world.rank, world.size)
-    log = Log(settings, world)
+    join_processes(world)
+    log = open_log(settings, world)
     try:
+        torch.manual_seed(settings.seed)
+        model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
+        world.broadcast(model)
+        optimizer = Optimizer(model, settings, world.rank, world.size)
         log.header(world, {"train": train_sizes, "val": val_sizes})
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
@@ -1721,15 +1762,7 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
         objective = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
         log.say(f"warm-up: compiling for {model.embed.dtype} on {device.type}")
         begin = time.perf_counter()
-        try:
-            warm_up(settings, model, objective, optimizer, world)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            largest = max(stage.batch_tokens for stage in settings.all_stages)
-            fits = [n for n in range(2 * settings.slices, largest + 1) if divides(settings, n, world.size)]
-            advice = f"try --slices {fits[0]}" if fits else "no number of slices helps"
-            raise UserError(f"out of memory with {settings.slices} slices; {advice}") from None
+        warm_up(settings, model, objective, optimizer, world)
         log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
         peak = measure_peak(device, model.embed.dtype) * world.size
         gc.collect()
@@ -1747,13 +1780,16 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
     clock = Clock(world.device)
     losses = Losses(total, world, clock)
 
+    def check_finite(step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            log.line(f"loss is not finite: step {step}")
+            raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped")
+
     def report(blocks) -> None:
         """Logs what has become known; raises at the first loss that is not finite, and when a rank was to stop."""
         for first, values, milliseconds, stopping in blocks:
             for step, loss in enumerate(values, first + 1):
-                if not math.isfinite(loss):
-                    log.line(f"loss is not finite: step {step}")
-                    raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped (log: {log.path})")
+                check_finite(step, loss)
             speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
             share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
             log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
@@ -1780,6 +1816,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             wide = make_context(settings.model, settings.val_seq_len, windows, model.embed, rotary)
             loss = validate(model, sequences, wide, world)
             log.line(f"step:{step}/{total} val_loss:{loss:.4f} {timing(clock.total, step)}")
+            check_finite(step, loss)
             clock.start()
         if step == total:
             break
@@ -1945,7 +1982,10 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
 
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32")}
-POSITIVE = ("steps", "epochs", "slices", "heads", "val_tokens", "val_seq_len", "val_every")
+# The least and the largest value that makes sense, where nonsense would not be noticed otherwise.
+COUNTS = ("steps epochs slices dim heads vocab_size bigram_rows bigram_dim momentum_warmup momentum_cooldown").split()
+COUNTS += ["val_tokens", "val_seq_len", "val_every", "val_short_window", "val_long_window"]
+RANGES = dict.fromkeys(COUNTS, (1, 2**31 - 1)) | {"seed": (0, 2**63 - 1), "cooldown": (0.001, 1), "bos_id": (0, 65535)}
 
 
 def checked_value(name: str, kind, text: str):
@@ -1959,34 +1999,37 @@ def checked_value(name: str, kind, text: str):
     if name in CHOICES and value not in CHOICES[name]:
         near = difflib.get_close_matches(text, CHOICES[name], n=1, cutoff=0.0)[0]
         raise UserError(f"{option}: no such value; the closest that exists is {near}")
-    if name in POSITIVE and value < 1:
-        raise UserError(f"{option}: must be at least 1")
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    if kind is not str and not low <= value <= high:
+        raise UserError(f"{option}: must be at least {low} and at most {high}")
     return value
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line. Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal."""
-    main_rank = os.environ.get("RANK", "0") == "0"
-
-    def complain(text: str) -> None:
-        if main_rank:
-            print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
-
     stop = StopSignal()
     try:
         settings, dry_run = parse_arguments(arguments)
-        world = start_processes()
+        world = find_world()
         if dry_run:
-            print_plan(settings, world)
+            if world.rank == 0:
+                print_plan(settings, world)
         else:
             train(settings, world, stop)
         return 0
     except UserError as error:
         complain(str(error))
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends all ranks with the first: leave rank 0 the time to say why
         return 2
     except NotFinite as error:
         complain(str(error))
         return 3
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        complain(out_of_memory(settings, world.size))
+        return 2
     except Stopped as error:
         complain(f"stopped by {signal.Signals(error.signum).name}")
         return 128 + error.signum

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True, scope="session")
 def eager_and_deterministic():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two would wait for each other over tensors this small
     torch.use_deterministic_algorithms(True)
     torch.compiler.set_stance("force_eager")
 
@@ -29,7 +29,7 @@ def train_gpt(tmp_path):
         return subprocess.run(
             [*command, str(ROOT / "train_gpt.py"), *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(2 // processes, 1)), **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Sets up like run.sh, then runs the test suite. Arguments go to pytest: tests/run.sh -m slow
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname "$0")/.."
 . ./setup.sh
-"$PYTHON" -c 'import matplotlib, pytest, ruff, scipy' 2>/dev/null || {
+if ! "$PYTHON" -c 'import matplotlib, pytest, ruff, scipy' 2>/dev/null; then
     if [ "$PYTHON" != .venv/bin/python ]; then  # leave the active Python as it is
         "$PYTHON" -m venv --system-site-packages .venv
         PYTHON=.venv/bin/python
+        serves "$PYTHON" || "$PYTHON" -m pip install --quiet --requirement requirements.txt
     fi
     "$PYTHON" -m pip install --quiet --requirement tests/requirements.txt --requirement records/requirements.txt
-}
+fi
 "$PYTHON" -m ruff check .
 exec "$PYTHON" -m pytest "$@"

@@ -4,20 +4,19 @@ Each rank of a run is a process of its own that calls `main`, with a few functio
 where torchrun itself matters is it used: it takes seconds to start.
 """
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 
 import shards
-from test_command_line import MAIN, ROOT, RULE, SMALL, VALIDATION, Launcher, random_documents
+from test_command_line import MAIN, RULE, SMALL, VALIDATION, random_documents, shared_launcher
 
 # 48 is a multiple of 2, 3 and 4; with 3 processes every bank is padded.
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "48", "--heads", "2", "--bigram-dim", "16")
@@ -58,24 +57,29 @@ def noting_update(original, self, name, grad, *args):
 def noting_optimizer(original, self, *args):
     if not notes["first"]:
         notes["own"] = copies(self.params, grad=True)
-    original(self, *args)
-    notes["first"] = notes["first"] or copies(self.params)
-    notes["last"] = copies(self.params)
+    try:
+        original(self, *args)
+    finally:
+        notes["first"] = notes["first"] or copies(self.params)
+        notes["last"] = copies(self.params)
 
 wrap(train_gpt, "loop", noting_loop)
 """
 
-# Adam at the first step too, so that it uses every gradient.
-ADAM_AT_ONCE = """
+# One step, without a warm-up, in which Adam takes part too, so that every gradient is used.
+ONE_STEP = """
+def one_step(original, *args):
+    original(*args)
+    sys.exit()
 wrap(train_gpt, "schedule", lambda original, *args: dataclasses.replace(original(*args), adam=True))
+wrap(train_gpt.Optimizer, "step", one_step)
+train_gpt.warm_up = lambda *args: None
 """
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("runs"))
-    yield launcher
-    launcher.close()
+@pytest.fixture(scope="session")
+def launcher():
+    return shared_launcher()
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +148,9 @@ def relative_error(value, expected):
 
 @pytest.mark.parametrize("slices, world_size", RUNS)
 def test_ranks_see_the_tokens_of_one_process_in_the_same_slices(slices, world_size, noted):
-    steps, before = (20, "") if slices == 4 else (4, ADAM_AT_ONCE)
-    alone, ranks = noted(1, slices, steps, before), noted(world_size, slices, steps, before)
-    assert len(alone[0]["tokens"]) == steps
+    how = (20, "") if slices == 4 else (4, ONE_STEP)
+    alone, ranks = noted(1, slices, *how), noted(world_size, slices, *how)
+    assert len(alone[0]["tokens"]) == (20 if slices == 4 else 1)
     for step, tokens in enumerate(alone[0]["tokens"]):
         assert torch.equal(torch.cat([rank["tokens"][step] for rank in ranks]), tokens)
         assert tokens.shape == (slices, 768 // slices + 1)
@@ -155,7 +159,7 @@ def test_ranks_see_the_tokens_of_one_process_in_the_same_slices(slices, world_si
 
 @pytest.mark.parametrize("slices, world_size", RUNS)
 def test_first_gradients_are_the_mean_over_ranks_and_those_of_one_process(slices, world_size, noted):
-    alone, ranks = noted(1, slices, 4, ADAM_AT_ONCE), noted(world_size, slices, 4, ADAM_AT_ONCE)
+    alone, ranks = noted(1, slices, 4, ONE_STEP), noted(world_size, slices, 4, ONE_STEP)
     assert set(alone[0]["reduced"]) == set(alone[0]["own"]) - {"embed"} and len(alone[0]["own"]) > 10
     for name, expected in alone[0]["reduced"].items():
         own = [rank["own"][name].double() for rank in ranks]
@@ -172,14 +176,15 @@ def test_first_gradients_are_the_mean_over_ranks_and_those_of_one_process(slices
             continue
         assert relative_error(reduced, mean) <= 1e-6, name
         assert not reduced[len(expected) :].any(), name  # the padding of a bank
-        assert relative_error(reduced[: len(expected)], expected) <= 1e-6, name
+        # A sixth, unlike a quarter, is no power of two: with other groups of slices every product rounds otherwise.
+        assert relative_error(reduced[: len(expected)], expected) <= (1e-6 if slices == 4 else 1e-5), name
         # A sum in place of the mean would be seen.
         assert relative_error(sum(own)[: len(expected)], expected) > 0.5, name
 
 
 def test_gradients_are_shared_out_and_padded_where_they_should_be(noted):
     """The test above compares what it thinks it compares."""
-    alone, ranks = noted(1, 6, 4, ADAM_AT_ONCE)[0], noted(3, 6, 4, ADAM_AT_ONCE)[0]
+    alone, ranks = noted(1, 6, 4, ONE_STEP)[0], noted(3, 6, 4, ONE_STEP)[0]
     for name in ("qk_bank", "vo_bank", "mlp_bank", "lm_head", "value_embeds", "bigram_table"):
         assert len(ranks["reduced"][name]) * 3 == len(ranks["own"][name]), name
     assert any(len(ranks["own"][name]) > len(alone["own"][name]) for name in ("qk_bank", "vo_bank", "mlp_bank"))
@@ -215,12 +220,14 @@ def test_ranks_that_begin_with_other_weights_take_those_of_rank_0(start, noted, 
     other = """
 wrap(torch, "manual_seed", lambda original, seed: original(seed + 1000 * int(os.environ["RANK"])))
 """
-    for running in start(2, tmp_path, "--slices", 4, "--steps", 4, before=NOTING + ADAM_AT_ONCE + other):
+    for running in start(2, tmp_path, "--slices", 4, "--steps", 4, before=NOTING + ONE_STEP + other):
         result = running.wait()
         assert result.returncode == 0, result.stderr
-    ranks, expected = [torch.load(tmp_path / f"notes_{rank}.pt") for rank in range(2)], noted(2, 4, 4, ADAM_AT_ONCE)
+    ranks, expected = [torch.load(tmp_path / f"notes_{rank}.pt") for rank in range(2)], noted(2, 4, 4, ONE_STEP)
     for rank, its in zip(ranks, expected):
         assert rank["losses"] == its["losses"]
+        for name, value in its["first"].items():
+            assert torch.equal(rank["first"][name], value), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,8 +261,7 @@ def assert_whole_log(folder, last_step):
     assert int(steps[-1]) == last_step
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
-@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, status, signalled", [("SIGTERM", 143, 1), ("SIGINT", 130, 0)])
 def test_signal_to_one_rank_ends_all_after_the_same_step(name, status, signalled, start, tmp_path):
     before = counting(2, signalled, name)
     results = [running.wait() for running in start(2, tmp_path, "--steps", 40, "--epochs", 9, before=before)]
@@ -265,6 +271,15 @@ def test_signal_to_one_rank_ends_all_after_the_same_step(name, status, signalled
     assert_whole_log(tmp_path, last_step=3)
     assert results[0].stderr.count("\n") == 1 and "stopped by SIG" in results[0].stderr
     assert results[1].stderr == "" and results[1].stdout == ""
+
+
+def end_as_torchrun(ranks):
+    """What came of the ranks of a run that rank 0 ends; the others get a SIGTERM if they are still there soon after."""
+    first = ranks[0].wait()
+    time.sleep(0.3)
+    for running in ranks[1:]:
+        running.kill(signal.SIGTERM)
+    return [first, *(running.wait(30) for running in ranks[1:])]
 
 
 def test_loss_that_is_not_finite_ends_all_ranks(start, tmp_path):
@@ -286,23 +301,20 @@ def test_loss_that_is_not_finite_ends_all_ranks(start, tmp_path):
     ],
 )
 def test_mistake_is_printed_once_by_rank_0_alone(arguments, words, start, tmp_path):
-    results = [running.wait() for running in start(2, tmp_path, *arguments)]
-    assert [result.returncode for result in results] == [2, 2]
+    results = end_as_torchrun(start(2, tmp_path, *arguments))
+    assert results[0].returncode == 2 and results[1].returncode in (2, 143)
     assert results[0].stderr.count("\n") == 1 and words in results[0].stderr
     assert results[1].stderr == "" and results[0].stdout == results[1].stdout == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_mistake_that_rank_0_alone_can_see_leaves_no_rank_behind(start, tmp_path):
+def test_mistake_that_rank_0_alone_can_see_is_printed_once_too(start, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "mine.txt").write_text("precious")
-    ranks = start(2, tmp_path, "--steps", 8, "--run-id", "mine")
-    result = ranks[0].wait()
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "mine.txt" in result.stderr
-    time.sleep(0.3)
-    ranks[1].kill(signal.SIGTERM)  # what torchrun does
-    result = ranks[1].wait(30)
-    assert result.returncode != 0 and result.stderr == "" and result.stdout == ""
+    results = end_as_torchrun(start(2, tmp_path, "--steps", 8, "--run-id", "mine"))
+    assert results[0].returncode == 2 and results[1].returncode in (2, 143)
+    assert results[0].stderr.count("\n") == 1 and "mine.txt" in results[0].stderr
+    assert results[1].stderr == results[1].stdout == ""
     assert (tmp_path / "logs" / "mine.txt").read_text() == "precious"
 
 
@@ -318,36 +330,35 @@ def test_dry_run_prints_its_plan_once(start, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def torchrun(script, folder, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=folder, env=environment, **pipes)
+@pytest.fixture
+def torchrun(launcher, tmp_path):
+    """Starts a script, Python text, on two ranks under torchrun."""
+
+    def start(script, *arguments):
+        (tmp_path / "script.py").write_text(script)
+        options = ("--standalone", "--nproc_per_node=2", tmp_path / "script.py", *arguments)
+        return launcher.start(Path(torch.distributed.run.__file__), *options, cwd=tmp_path)
+
+    return start
 
 
-def test_mistake_is_printed_under_torchrun_even_where_rank_0_is_the_slowest_to_see_it(tmp_path):
+def test_mistake_is_printed_under_torchrun_even_where_rank_0_is_the_slowest_to_see_it(torchrun):
     # torchrun ends all ranks as soon as one has failed.
-    script = tmp_path / "late.py"
-    script.write_text("import os, time\ntime.sleep(2.5 * (os.environ['RANK'] == '0'))\nimport sys, train_gpt\n" + MAIN)
-    process = torchrun(script, tmp_path, "--preset", "tiny", "--stepz", 8)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert len(re.findall(r"^train_gpt\.py: .*--steps", stderr, re.MULTILINE)) == 1, stderr
-    assert stderr.index("train_gpt.py: ") < stderr.index("ChildFailedError")
+    late = "import os, time\ntime.sleep(2.5 * (os.environ['RANK'] == '0'))\nimport sys, train_gpt\n" + MAIN
+    result = torchrun(late, "--preset", "tiny", "--stepz", 8).wait()
+    assert result.returncode != 0
+    assert len(re.findall(r"^train_gpt\.py: .*--steps", result.stderr, re.MULTILINE)) == 1, result.stderr
+    assert result.stderr.index("train_gpt.py: ") < result.stderr.index("ChildFailedError")
 
 
-def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SMALL + counting(2, signalled=-1, name="SIGTERM") + MAIN)
+def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, torchrun, tmp_path):
     options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
-    process = torchrun(script, tmp_path, *options)
-    for line in process.stdout:
-        if line.startswith("step:3/400 train_loss"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert stderr.count("stopped by SIGTERM") == 1, stderr
+    running = torchrun(SMALL + counting(2, signalled=-1, name="SIGTERM") + MAIN, *options)
+    assert running.wait_for("step:3/400 train_loss")
+    running.kill(signal.SIGTERM)
+    result = running.wait()
+    assert result.returncode != 0
+    assert result.stderr.count("stopped by SIGTERM") == 1, result.stderr
     steps = [(tmp_path / f"steps_{rank}").stat().st_size for rank in (0, 1)]
-    assert steps[0] == steps[1] and 3 <= steps[0] <= 10
+    assert steps[0] == steps[1] and 3 <= steps[0] <= 12
     assert_whole_log(tmp_path, steps[0])

@@ -1,0 +1,330 @@
+"""run.sh and tests/run.sh, with stand-ins for Python and nvidia-smi that write down how they are called."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [ROOT / "run.sh", ROOT / "setup.sh", ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+
+# What a shell script may need; no Python and no nvidia-smi but the stand-ins.
+TOOLS = ("bash", "sh", "env", "dirname", "basename", "grep", "sed", "awk", "cat", "cut", "tr", "wc", "head", "tail")
+TOOLS += ("ls", "rm", "mkdir", "cp", "mv", "touch", "uname", "sort", "seq", "printf", "readlink", "id", "true", "false")
+
+# It serves or not by which of these files exist, and makes a .venv as `python -m venv` would.
+PYTHON = """#!{bash}
+name=$0
+{{ printf '%s\\0' "$name" "$PWD" "$@"; printf '\\n'; }} >> "$CALLS"
+here=$(cd "$(dirname "$name")" && pwd)
+case "${{1-}} ${{2-}}" in
+    "- ") cat > /dev/null; [ -e "$here/serves" ] ;;
+    "-c "*) [ -e "$here/serves_tests" ] ;;
+    "-m venv") for folder in "$@"; do :; done
+        mkdir -p "$folder/bin"; cp "$name" "$folder/bin/python"
+        case "$*" in *--system-site-packages*) cp "$here/serves" "$folder/bin/serves" ;; esac ;;
+    "-m pip") [ ! -e offline ] || exit 1
+        case " $*" in *" tests/requirements.txt"*) touch "$here/serves_tests" ;; esac
+        case " $*" in *" requirements.txt"*) touch "$here/serves" ;; esac ;;
+    "-m ruff") [ ! -e "$here/ruff_complains" ] ;;
+    *) exit "${{STATUS:-0}}" ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of the scripts, and a PATH with the tools and the stand-ins."""
+
+    def __init__(self, folder):
+        self.project, self.bin, self.calls_file = folder / "a project", folder / "bin", folder / "calls"
+        for script in SCRIPTS:
+            (self.project / script.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(script, self.project / script.relative_to(ROOT))
+        self.bin.mkdir()
+        for tool in TOOLS:
+            if path := shutil.which(tool):
+                (self.bin / tool).symlink_to(path)
+        self.program("python3", PYTHON.format(bash=shutil.which("bash")))
+        for name in ("serves", "serves_tests"):
+            (self.bin / name).touch()
+
+    def program(self, name, text):
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def with_gpus(self, count):
+        rows = "".join(f"echo 'GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i:08x})'\n" for i in range(count))
+        self.program("nvidia-smi", f'#!{shutil.which("bash")}\n[ "$*" = -L ] || exit 1\n{rows}')
+
+    def run(self, *arguments, script="run.sh", cwd=None, status=0, **environment):
+        """The calls of Python, each a list of arguments; those that only ask whether it serves are left out."""
+        self.calls_file.write_text("")
+        result = subprocess.run(
+            [shutil.which("bash"), script, *arguments],
+            cwd=cwd or self.project,
+            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "HOME": "/nowhere", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == status, (result.returncode, result.stdout, result.stderr)
+        self.stderr = result.stderr
+        calls = [line.split("\0")[:-1] for line in self.calls_file.read_text().splitlines()]
+        self.pythons = [name for name, _, *_ in calls]
+        assert {folder for _, folder, *_ in calls} <= {str(self.project)}
+        return [call for _, _, *call in calls if call[0] not in ("-", "-c")]
+
+    def train(self, *arguments, **how):
+        """The call of train_gpt.py, the last one."""
+        *before, call = self.run(*arguments, **how)
+        self.before = before
+        return call
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bash
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_script_is_sound_bash(script):
+    result = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    if script.name != "setup.sh":  # that one is sourced
+        assert os.access(script, os.X_OK)
+        assert script.read_text().startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in script.read_text()
+
+
+# Features newer than bash 3.2, which is macOS's: a pattern and an example that it must find.
+NEWER = {
+    "associative array": (r"\b(declare|local|typeset)\s+-\w*[Ag]", "declare -A options"),
+    "name reference": (r"\b(declare|local|typeset)\s+-\w*n", "local -n target=$1"),
+    "change of case": (r"\$\{[^}]*(,|\^)", "${name,,}"),
+    "transformation": (r"\$\{[^}]*@[A-Za-z]\}", "${name@Q}"),
+    "negative substring length": (r"\$\{\w+:[^}]*:\s*-", "${name:0:-1}"),
+    "negative index": (r"\$\{\w+\[\s*-", "${names[-1]}"),
+    "mapfile": (r"\b(mapfile|readarray)\b", "mapfile -t lines"),
+    "coproc": (r"\bcoproc\b", "coproc cat"),
+    "redirection of both, appending": (r"&>>", "x &>> log"),
+    "pipe of both": (r"\|&", "x |& y"),
+    "test of a variable": (r"\[\s+(!\s+)?-[vR]\s", "[[ -v name ]]"),
+    "fall-through in case": (r";;&|;&", "a) x ;;&"),
+    "time in printf": (r"%\([^)]*\)T", "printf '%(%s)T' -1"),
+    "wait for any": (r"\bwait\s+-\w*[np]", "wait -n"),
+    "step of a range": (r"\{\w+\.\.\w+\.\.", "{1..9..2}"),
+    "new variable": (r"\$\{?(EPOCH|BASHPID|SRANDOM|BASH_ARGV0)", "$EPOCHSECONDS"),
+    "new option": (r"\bshopt\s.*(globstar|lastpipe|inherit_errexit)", "shopt -s globstar"),
+    "array that may be empty under set -u": (r"\"\$\{\w+\[@\]\}\"", 'python "${options[@]}"'),
+    "read with a fraction": (r"\bread\b.*-t\s*\d*\.\d", "read -t 0.1"),
+    "file descriptor in a variable": (r"\{\w+\}[<>]", "exec {fd}< file"),
+}
+
+
+@pytest.mark.parametrize("feature", NEWER)
+def test_scripts_need_no_newer_bash_than_3_2(feature):
+    pattern, example = NEWER[feature]
+    assert re.search(pattern, example)
+    for script in SCRIPTS:
+        code = re.sub(r"(^|\s)#.*", "", script.read_text())
+        assert not re.search(pattern, code), script
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run.sh
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_gpus_it_trains_tiny_in_plain_python_on_the_embedded_corpus(machine):
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+    assert machine.before == [["data/embedded.py"]]
+
+
+def test_driver_without_gpus_is_no_gpu(machine):
+    machine.program("nvidia-smi", f"#!{shutil.which('bash')}\necho 'No devices were found'\nexit 6\n")
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+
+
+def test_one_gpu_trains_the_record_in_plain_python(machine):
+    machine.with_gpus(1)
+    assert machine.train() == ["train_gpt.py", "--preset", "record"]
+    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machine):
+    machine.with_gpus(gpus)
+    call = machine.train("--seed", "7")
+    assert call[:2] == ["-m", "torch.distributed.run"]
+    assert set(call[2:4]) == {"--standalone", f"--nproc_per_node={gpus}"}
+    assert call[4:] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
+    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+
+
+def test_nproc_is_the_number_of_processes(machine):
+    call = machine.train(NPROC="4")
+    assert "--nproc_per_node=4" in call and call[-3:] == ["train_gpt.py", "--preset", "tiny"]
+    machine.with_gpus(8)
+    assert machine.train(NPROC="1") == ["train_gpt.py", "--preset", "record"]
+    assert "--nproc_per_node=2" in machine.train(NPROC="2")
+
+
+def test_several_nodes_meet_through_torchrun(machine):
+    machine.with_gpus(8)
+    where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    call = machine.train("--seed", "7", **where)
+    assert call[:2] == ["-m", "torch.distributed.run"]
+    options = {"--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=1234"}
+    assert options <= set(call)
+    assert "--standalone" not in call
+    assert call[call.index("train_gpt.py") :] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
+
+
+def test_one_process_on_each_of_several_nodes_is_torchrun_too(machine):
+    call = machine.train(NNODES="2", NODE_RANK="0", MASTER_ADDR="node0")
+    assert {"--nproc_per_node=1", "--nnodes=2", "--node_rank=0", "--master_addr=node0"} <= set(call)
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR"])
+def test_several_nodes_without_an_address_or_number_say_which_is_missing(missing, machine):
+    where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    del where[missing]
+    calls = machine.run(status=1, **where)
+    assert missing in machine.stderr
+    assert not any("train_gpt.py" in call for call in calls)
+
+
+ARGUMENTS = ["--train-files", "my data/x_*.bin", "--run-id", "", "--seed=7", "a'b\"c", "$HOME `id` \\", "*"]
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_arguments_arrive_as_they_are(gpus, machine):
+    machine.with_gpus(gpus)
+    call = machine.train(*ARGUMENTS)
+    assert call[call.index("train_gpt.py") + 3 :] == ARGUMENTS
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+@pytest.mark.parametrize("arguments", [["--preset", "tiny"], ["--preset=tiny"], ["--seed", "1", "--preset", "tiny"]])
+def test_named_preset_is_kept_and_gets_its_data(arguments, gpus, machine):
+    machine.with_gpus(gpus)
+    call = machine.train(*arguments)
+    assert call[call.index("train_gpt.py") + 1 :] == arguments
+    assert machine.before == [["data/embedded.py"]]
+    call = machine.train(*(argument.replace("tiny", "record") for argument in arguments))
+    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+
+
+@pytest.mark.parametrize("argument", ["--train-files=x", "--train-files", "--dry-run", "--help", "-h"])
+def test_run_with_data_of_its_own_or_without_any_fetches_none(argument, machine):
+    machine.train(argument, "x")
+    assert machine.before == []
+
+
+def test_failing_fetch_ends_it_before_the_run(machine):
+    assert machine.run(STATUS="2", status=2) == [["data/embedded.py"]]
+
+
+def test_status_of_the_run_is_its_own(machine):
+    assert machine.run("--dry-run", STATUS="3", status=3)
+
+
+def test_it_works_from_any_folder(machine, tmp_path):
+    expected = ["train_gpt.py", "--preset", "tiny", "--seed", "1"]
+    (tmp_path / "elsewhere" / "a project").mkdir(parents=True)
+    for cwd, script in ((tmp_path, "a project/run.sh"), (tmp_path / "elsewhere", "../a project/run.sh")):
+        assert machine.train("--seed", "1", cwd=cwd, script=script) == expected
+    assert machine.train("--seed", "1", cwd=tmp_path / "elsewhere", script=machine.project / "run.sh") == expected
+    # cd looks into the folders of CDPATH first.
+    how = {"cwd": tmp_path, "script": "a project/run.sh", "CDPATH": str(tmp_path / "elsewhere")}
+    assert machine.train("--seed", "1", **how) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Setting up
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_python_that_serves_is_used_as_it_is(machine):
+    machine.run()
+    assert set(machine.pythons) == {str(machine.bin / "python3")}
+    assert not (machine.project / ".venv").exists()
+
+
+def test_python_that_does_not_serve_gets_a_venv_once(machine):
+    (machine.bin / "serves").unlink()
+    calls = machine.run("--seed", "1")
+    assert calls[0][:2] == ["-m", "venv"]
+    assert calls[1][:3] == ["-m", "pip", "install"] and calls[1][-2:] == ["--requirement", "requirements.txt"]
+    assert calls[-1] == ["train_gpt.py", "--preset", "tiny", "--seed", "1"]
+    assert machine.pythons[-1].endswith(".venv/bin/python")
+    calls = machine.run()
+    assert calls == [["data/embedded.py"], ["train_gpt.py", "--preset", "tiny"]]
+    assert machine.pythons[-1].endswith(".venv/bin/python")
+
+
+def test_set_up_that_was_interrupted_is_taken_up_again(machine):
+    (machine.bin / "serves").unlink()
+    (machine.project / "offline").touch()
+    calls = machine.run(status=1)
+    assert not any("train_gpt.py" in call for call in calls)
+    (machine.project / "offline").unlink()
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+    assert any(call[:3] == ["-m", "pip", "install"] for call in machine.before)
+
+
+def test_machine_without_python_is_told_what_to_install(machine):
+    (machine.bin / "python3").unlink()
+    assert machine.run(status=2) == []
+    assert "python" in machine.stderr.lower() and machine.stderr.count("\n") == 1
+
+
+def test_python_by_its_other_name_will_do(machine):
+    (machine.bin / "python3").rename(machine.bin / "python")
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests/run.sh
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_tests_run_sh_lints_and_tests_from_any_folder_with_its_arguments(machine, tmp_path):
+    arguments = ["-m", "slow", "-k", "a b"]
+    calls = machine.run(*arguments, script="a project/tests/run.sh", cwd=tmp_path)
+    assert calls == [["-m", "ruff", "check", "."], ["-m", "pytest", *arguments]]
+
+
+def test_tests_run_sh_stops_at_the_linter(machine):
+    (machine.bin / "ruff_complains").touch()
+    assert machine.run(script="tests/run.sh", status=1) == [["-m", "ruff", "check", "."]]
+
+
+def test_tests_run_sh_passes_on_the_status_of_the_tests(machine):
+    for script in ("tests/run.sh", ".ci/run"):
+        machine.run(script=script, STATUS="5", status=5)
+
+
+def test_tests_run_sh_installs_what_is_missing_into_a_venv(machine):
+    (machine.bin / "serves_tests").unlink()
+    calls = machine.run(script="tests/run.sh")
+    installs = [call for call in calls if call[:3] == ["-m", "pip", "install"]]
+    assert any("tests/requirements.txt" in call for call in installs)
+    assert calls[-1] == ["-m", "pytest"] and machine.pythons[-1].endswith(".venv/bin/python")
+    assert machine.run(script="tests/run.sh") == [["-m", "ruff", "check", "."], ["-m", "pytest"]]
+
+
+def test_what_tests_run_sh_installs_suffices_for_a_python_that_is_itself_a_venv(machine):
+    # A venv made from a venv sees the packages of the Python below, not those of that venv: it needs everything.
+    (machine.bin / "serves_tests").unlink()
+    python = (machine.bin / "python3").read_text()
+    machine.program("python3", python.replace("*--system-site-packages*)", "nothing)"))
+    machine.run(script="tests/run.sh")
+    assert (machine.project / ".venv" / "bin" / "serves").exists()

@@ -344,16 +344,16 @@ def test_folder_in_place_of_a_shard_is_named(command, tmp_path):
 
 def test_too_few_training_tokens_are_counted_and_answered_with_the_epochs_that_suffice(small, data, tmp_path):
     # Documents of 128 tokens: a slice of 256 takes two and the next one's BOS. So a batch of 4 slices uses 12
-    # documents up, a shard of 100 has 8 batches, and the epoch ends with 8 x 1,024 tokens.
-    shards.write_shard(tmp_path / "few_000001.bin", np.array(([BOS] + [1] * 127) * 100))
+    # documents up, a shard of 50 has 4 batches, and an epoch has 4 x 1,024 tokens.
+    shards.write_shard(tmp_path / "few_000001.bin", np.array(([BOS] + [1] * 127) * 50))
     folder = tmp_path / "run"
     folder.mkdir()
-    options = ("--train-files", tmp_path / "few_*.bin", "--steps", "20")
-    line = assert_refused(small(*options, cwd=folder), folder, "8,192", "20,480", tmp_path / "few_*.bin", "--epochs 3")
+    options = ("--train-files", tmp_path / "few_*.bin", "--steps", "10")
+    line = assert_refused(small(*options, cwd=folder), folder, "4,096", "10,240", tmp_path / "few_*.bin", "--epochs 3")
     assert "--epochs 2" not in line
-    assert_refused(small(*options, "--epochs", "2", cwd=folder), folder, "16,384", "20,480", "--epochs 3")
+    assert_refused(small(*options, "--epochs", "2", cwd=folder), folder, "8,192", "10,240", "--epochs 3")
     assert small(*options, "--epochs", "3", cwd=folder).returncode == 0
-    assert log_lines(folder)[-2].startswith("step:20/20 val_loss:")
+    assert log_lines(folder)[-2].startswith("step:10/10 val_loss:")
 
 
 def test_shards_too_small_for_one_batch_say_so_before_the_run(small, tmp_path):
@@ -450,12 +450,13 @@ def test_unknown_option_or_value_is_named_with_the_closest_that_exists(arguments
     ["--dim 0", "--dim -32", "--dim 4", "--heads 0", "--heads 16", "--vocab-size 0", "--bos-id -1", "--bos-id 99999"]
     + ["--bigram-dim 0", "--bigram-dim 33", "--bigram-rows 0", "--momentum-warmup 0", "--momentum-cooldown 0"]
     + ["--cooldown 0", "--cooldown 1", "--cooldown 2", "--val-short-window 0", "--val-long-window -1"]
-    + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1", "--slices 512"]
-    + ["--slices 128", "--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
+    + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1"]
+    + ["--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
 )
 def test_odd_value_is_refused_or_run_but_never_answered_with_a_traceback(option, small, tmp_path):
-    short = ("--val-tokens", "64", "--val-seq-len", "64")  # and a step a stage; --steps would scale the momentum's options
-    result = small(*short, *option.split(), before="all_stages(steps=1, batch_tokens=512)\n")
+    # A step a stage, without --steps, which would scale the momentum's options.
+    before = "all_stages(steps=1, batch_tokens=512)\n"
+    result = small("--val-tokens", "64", "--val-seq-len", "64", *option.split(), before=before)
     assert "Traceback" not in result.stderr
     if result.returncode == 0:
         assert log_lines(tmp_path)[-2].startswith("step:4/4 val_loss:")
@@ -516,12 +517,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not
 
 
 @linux
-def test_out_of_memory_is_answered_with_a_number_of_slices_to_try(command, tmp_path):
-    options = ("--steps", "4", "--dim", "128")
-    result = command(*options, "--slices", "1", spare_memory=300 << 20)
+def test_out_of_memory_is_answered_with_a_number_of_slices_to_try(small, tmp_path):
+    # The warm-up shows it: there is no need for the steps.
+    how = {"before": "all_stages(batch_tokens=8192)\ntrain_gpt.loop = lambda *args: None\n", "spare_memory": 300 << 20}
+    result = small("--steps", "4", "--dim", "128", "--slices", "1", **how)
     assert_line(result, "memory", "1 slice", "--slices 2")
     assert not log_lines(tmp_path)
-    assert command(*options, "--slices", "16", spare_memory=300 << 20).returncode == 0
+    assert small("--steps", "4", "--dim", "128", "--slices", "16", **how).returncode == 0
 
 
 @linux
@@ -550,6 +552,15 @@ def around(original, *args):
 wrap(train_gpt, "plan_batches", around)
 """,
         None,
+    ),
+    "while the log is begun": (
+        """
+def around(original, *args):
+    send()
+    return original(*args)
+wrap(train_gpt, "git_state", around)
+""",
+        0,
     ),
     "in the warm-up": (
         """
@@ -635,7 +646,7 @@ def test_signal_ends_the_run_with_its_status_and_a_whole_log(name, status, momen
     assert_line(result, name, status=status)
     if last is None:
         assert not list(tmp_path.iterdir())
-    else:
+    elif moment != "while the log is begun" or list(tmp_path.glob("logs/*")):  # whole, or not there
         assert last_step(tmp_path) == last
 
 

@@ -758,10 +758,11 @@ class GPT(nn.Module):
         self.mudd_layers = config.which(lambda row: row.mudd)
         self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
-        def add(name: str, *shape: int) -> None:
+        def add(name: str, *shape: int, value: Tensor | None = None) -> None:
             row = ADAM_TABLE[name]
-            std = str(row.start).partition("normal ")[2]
-            value = torch.randn(shape) * float(std) if std else torch.full(shape, float(row.start))
+            if value is None:
+                std = str(row.start).partition("normal ")[2]
+                value = torch.randn(shape) * float(std) if std else torch.full(shape, float(row.start))
             self.register_parameter(name, nn.Parameter(value if row.float32 else value.to(dtype)))
 
         def bank(matrices: int, *shape: int) -> nn.Parameter:
@@ -770,7 +771,7 @@ class GPT(nn.Module):
 
         bound = matrix_bound(config)
         add("lm_head", dim, vocab)
-        self.embed = nn.Parameter(self.lm_head.data.T.contiguous())
+        add("embed", value=self.lm_head.data.T.contiguous())
         # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
         together = 2 if config.head_pairs else heads
         self.qk_bank = bank(attending * 2 * heads // together, together * config.head_dim, dim)
@@ -804,12 +805,11 @@ class GPT(nn.Module):
             add("skip_gate", 12)
             add("skip_lambda", 1)
         if self.mudd_layers:
-            kaiming = torch.empty(2, MUDD_HIDDEN, dim).uniform_(-(dim**-0.5), dim**-0.5)  # with a = sqrt(5)
-            self.mudd_w1 = nn.Parameter(kaiming.to(dtype))
+            add("mudd_w1", value=torch.empty(2, MUDD_HIDDEN, dim).uniform_(-(dim**-0.5), dim**-0.5))  # a = sqrt(5)
             add("mudd_w2", MUDD_LAYER + MUDD_END, MUDD_HIDDEN)
             # The coefficients at first: gates of 2, the factors of `Mix` as elsewhere, and the "backout" [40].
             layer = [0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
-            self.mudd_bias = nn.Parameter(torch.tensor([*layer, 0, -0.5, 0, 0, 0]) / 0.1)
+            add("mudd_bias", value=torch.tensor([*layer, 0, -0.5, 0, 0, 0]) / 0.1)
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
@@ -1432,12 +1432,17 @@ def check_divisions(settings: Settings, world_size: int) -> None:
             f"batches of {', '.join(f'{batch:,}' for batch in batches)} tokens, {settings.slices} slices and "
             f"{world_size} processes do not divide; nearest that work: {what} {' or '.join(map(str, nearest))}"
         )
-    tables = {"dim": settings.model.dim, "padded vocabulary": settings.model.padded_vocab}
+    tables = {"--dim": settings.model.dim, "the padded vocabulary": settings.model.padded_vocab}
     for name, size in tables.items():
         if size % world_size:
             raise UserError(f"{name} {size} is not divisible by {world_size} processes, which share the optimizer")
-    if settings.model.dim % settings.model.heads or settings.model.head_dim % 4:
-        raise UserError(f"--dim {settings.model.dim} is not --heads {settings.model.heads} times a multiple of 4")
+    config = settings.model
+    if config.dim % config.heads or config.head_dim % 4 or config.dim < 12:  # the gates read twelve channels
+        raise UserError(f"--dim {config.dim} must be at least 12, and --heads {config.heads} times a multiple of 4")
+    if config.heads % 2 and (config.paired_heads or config.head_pairs or config.mudd):
+        raise UserError(f"--heads {config.heads} must be even for --paired-heads, --head-pairs and --mudd")
+    if config.bigram_dim > config.dim:
+        raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {config.dim}")
     if settings.val_tokens % settings.val_seq_len:
         nearest = max(settings.val_tokens // settings.val_seq_len, 1) * settings.val_seq_len
         raise UserError(
@@ -1507,29 +1512,29 @@ class Log:
 
     RULE = "=" * 100
 
-    def __init__(self, settings: Settings, world: World):
+    def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
         self.main = world.rank == 0
         self.terminal = self.main and sys.stdout.isatty()
         self.file = None
         self.bar = None
         self.settings = settings
         if self.main:
+            header = self.header(world, files)
             name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
             self.path = Path("logs") / f"{name}.txt"
             try:
                 self.path.parent.mkdir(exist_ok=True)
-                self.file = open(self.path, "xb")
+                self.file = open(self.path, "xb", buffering=0)
+                self.file.write(header)
             except FileExistsError:
                 raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+            self.say(f"log: {self.path}")
 
-    def header(self, world: World, files: dict[str, dict[str, int]]) -> None:
+    def header(self, world: World, files: dict[str, dict[str, int]]) -> bytes:
         """Source, environment, settings and data, so that the log alone says what was run."""
-        if not self.main:
-            return
         source = Path(__file__).read_bytes()
-        self.file.write(source if source.endswith(b"\n") else source + b"\n")
         triton = sys.modules.get("triton")
         lines = [
             self.RULE,
@@ -1549,15 +1554,12 @@ class Log:
         ]
         for part, sizes in files.items():
             lines += [f"data: {part} {path} {count:,} tokens" for path, count in sizes.items()]
-        self.file.write("\n".join((*lines, self.RULE, "")).encode())
-        self.file.flush()
-        self.say(f"log: {self.path}")
+        return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, self.RULE, "")).encode()
 
     def line(self, text: str) -> None:
         """Into the log and onto the screen."""
         if self.main:
             self.file.write(text.encode() + b"\n")
-            self.file.flush()
             self.say(text)
 
     def say(self, text: str) -> None:
@@ -1573,7 +1575,6 @@ class Log:
         if not self.terminal:
             return self.line(line)
         self.file.write(line.encode() + b"\n")
-        self.file.flush()
         if self.bar is None:
             layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
             self.bar = tqdm(total=self.settings.total_steps, bar_format=layout, dynamic_ncols=True)
@@ -1587,11 +1588,11 @@ class Log:
             self.file.close()
 
 
-def open_log(settings: Settings, world: World) -> Log:
+def open_log(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> Log:
     """The log on every rank; if rank 0 cannot open its file, UserError on every rank."""
     log, error = None, None
     try:
-        log = Log(settings, world)
+        log = Log(settings, world, files)
     except UserError as raised:
         error = raised
     failed = torch.tensor(float(error is not None), device=world.device)
@@ -1748,13 +1749,12 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
     sequences, val_sizes = validation_sequences(settings)
 
     join_processes(world)
-    log = open_log(settings, world)
+    log = open_log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
         torch.manual_seed(settings.seed)
         model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
         world.broadcast(model)
         optimizer = Optimizer(model, settings, world.rank, world.size)
-        log.header(world, {"train": train_sizes, "val": val_sizes})
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
             log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
@@ -1771,6 +1771,7 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
         loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak)
         log.line(peak_memory(device))
     finally:
+        gc.unfreeze()
         log.close()
 
 
@@ -1890,6 +1891,8 @@ def print_plan(settings: Settings, world: World) -> None:
     parts = active_matrices(config)
     active = sum(count for _, count in parts)
     print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
+    print(f"lr x Adam's {settings.adam_lr} or NorMuon's {settings.muon_lr}, ", end="")
+    print(f"wd x {settings.adam_wd} or {settings.muon_wd}; NorMuon's beta2 {settings.muon_beta2}")
     print(f"active matrix parameters: {active / 1e6:.1f}M ({', '.join(f'{n} {c / 1e6:.1f}M' for n, c in parts)})\n")
 
     print("stage      steps     batch  slices      max_seq_len    windows  lr x  next targets")

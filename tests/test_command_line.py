@@ -529,6 +529,8 @@ def test_out_of_memory_is_answered_with_a_number_of_slices_to_try(small, tmp_pat
 @linux
 def test_model_that_does_not_fit_is_answered_without_a_traceback(command, tmp_path):
     assert_line(command("--steps", "4", "--dim", "8192", "--heads", "64", spare_memory=200 << 20), "memory")
+    if list(tmp_path.glob("logs/*")):  # a log is whole, or not there
+        assert log_lines(tmp_path) == []
 
 
 def test_out_of_memory_in_the_middle_of_the_run_is_answered_without_a_traceback(small, tmp_path):

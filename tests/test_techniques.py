@@ -310,7 +310,7 @@ def test_mudds_coefficients_start_at_the_values_without_it():
     assert (0.1 * GPT(SMALL).mudd_bias).tolist() == pytest.approx(mu, abs=1e-7)
 
 
-def test_parameters_are_bfloat16_except_scalars(fresh):
+def test_parameters_are_bfloat16_except_scalars():
     exact = {"qkv_lambdas", "out_lambdas", "smear_lambda", "skip_lambda", "resid_lambdas", "post_lambdas"}
     exact |= {"x0_lambdas", "bigram_lambdas", "xsa_alphas", "mudd_bias"}
     for name, p in GPT(SMALL, torch.bfloat16).named_parameters():

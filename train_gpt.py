@@ -1957,7 +1957,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
         raise UserError(f"--preset {preset}: no such preset; there are {' and '.join(PRESETS)}")
     settings = PRESETS[preset]
 
-    parser = Parser(prog="train_gpt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    usage = "train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE …]"
+    parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     for owner, title in ((Settings, f"run (defaults of {preset})"), (ModelConfig, f"model (defaults of {preset})")):

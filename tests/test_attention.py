@@ -17,15 +17,6 @@ from train_gpt import BLOCK, attend, block_mask, make_mask, prepare_qk, rotary_f
 SCALE = 0.3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are faster without threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def allowed_pairs(docs, window):
     """The rule, as a (T, T) table of queries and keys."""
     i, j = torch.arange(len(docs))[:, None], torch.arange(len(docs))[None, :]

@@ -31,15 +31,6 @@ CORE = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are faster without threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_model(config, seed=0):
     """A float32 model in which no parameter has the value it starts with, and all of them matter."""
     torch.manual_seed(seed)

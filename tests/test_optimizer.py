@@ -74,15 +74,6 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Thousands of operations on tiny matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
     """Settings and a model in which no parameter is zero, except for the padding of the banks."""
     torch.manual_seed(0)

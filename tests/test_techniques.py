@@ -132,15 +132,6 @@ def one_layer(layer, **switches):
     return replace(SMALL, layers=(layer,), **{**PLAIN, **switches})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors as small as these only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The record's tables
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 import embedded
 import shards
+import train_gpt
 from train_gpt import (
     PRESETS,
     UserError,
@@ -249,6 +250,25 @@ def test_next_shard_is_checked_again_when_the_run_comes_to_it(tmp_path):
     shards.write_shard(tmp_path / "x_train_000002.bin", np.array(document(5, 1)))
     with pytest.raises(UserError, match="x_train_000002.bin"):
         list(training_batches(plan, settings.model, range(2)))
+
+
+def test_next_shard_is_read_by_another_thread_while_this_one_is_used(tmp_path, monkeypatch):
+    settings = settings_of([(4, 8, 100)], 2, train_files=write(tmp_path, [document(5, 1) * 4] * 2))
+    plan, _ = plan_batches(settings, find_shards(settings.train_files, "tiny"))
+    readers, second = [], threading.Event()
+
+    def noting(path, config):
+        readers.append(threading.current_thread())
+        if path.endswith("2.bin"):
+            second.set()
+        return read_shard(path, config)
+
+    monkeypatch.setattr(train_gpt, "read_shard", noting)
+    batches = training_batches(plan, settings.model, range(2))
+    next(batches)
+    assert second.wait(10)  # two of its own batches before it is needed
+    assert threading.main_thread() not in readers
+    assert len(list(batches)) == 3
 
 
 def test_one_epoch_of_the_embedded_corpus_feeds_the_default_tiny_run(tmp_path):

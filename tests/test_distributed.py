@@ -360,5 +360,5 @@ def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, torchrun, 
     assert result.returncode != 0
     assert result.stderr.count("stopped by SIGTERM") == 1, result.stderr
     steps = [(tmp_path / f"steps_{rank}").stat().st_size for rank in (0, 1)]
-    assert steps[0] == steps[1] and 3 <= steps[0] < 400
+    assert steps[0] == steps[1] and 3 <= steps[0] <= 12
     assert_whole_log(tmp_path, steps[0])

@@ -314,9 +314,9 @@ ADAM_TABLE = {
 }
 # The matrices are NorMuon's; with `--muon false` they are Adam's, like the rest, by these rows.
 MUON_TABLE = {
-    "qk_bank": AdamRow("uniform", (0.9, 0.95), 0.25, 10, sharded=True),
-    "vo_bank": AdamRow("uniform", (0.9, 0.95), 0.25, 10, sharded=True),
-    "mlp_bank": AdamRow("uniform, out 0", (0.9, 0.95), 0.25, 10, sharded=True),
+    "qk_bank": AdamRow("uniform", (0.9, 0.95), 0.125, 10, sharded=True),
+    "vo_bank": AdamRow("uniform", (0.9, 0.95), 0.125, 10, sharded=True),
+    "mlp_bank": AdamRow("uniform, out 0", (0.9, 0.95), 0.125, 10, sharded=True),
 }
 
 

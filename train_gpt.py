@@ -4,13 +4,14 @@ One file holds the whole experiment. `./run.sh` runs it on every GPU it finds, o
 `python train_gpt.py --help` lists the options. Read it from top to bottom:
 
     1. Settings      the network's table, the schedule's table, every number
-    2. Numerics      norm, softcapped loss, ReLU^2 MLP, exact bf16 weights, orthogonalization
-    3. Attention     rotary embedding, masks, FlexAttention (CUDA) and banded attention (elsewhere)
-    4. Model         parameters and the forward pass
-    5. Optimizer     NorMuon for the matrices, Adam for the rest, sharded over ranks
-    6. Data          token shards, the plan of batches, prefetching
-    7. Training      processes, log, warm-up, validation, the loop
-    8. Command line  options, --dry-run, main
+    2. Kernels       Triton: symmetric products, ReLU^2 MLP, softcapped loss, transposes
+    3. Numerics      norm, FP8, the loss and the MLP, exact bf16 weights, orthogonalization
+    4. Attention     rotary embedding, masks, FlexAttention (CUDA) and banded attention (elsewhere)
+    5. Model         parameters and the forward pass
+    6. Optimizer     NorMuon for the matrices, Adam for the rest, sharded over ranks
+    7. Data          token shards, the plan of batches, prefetching
+    8. Training      processes, log, warm-up, validation, the loop
+    9. Command line  options, --dry-run, main
 
 Numbers in [brackets] name the record of the public leaderboard (modded-nanogpt) that introduced an idea.
 Importing this file has no side effects.
@@ -46,6 +47,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # macOS, or a CPU without it
+    triton = constexpr = None
 
 # ======================================================================================================================
 # 1. Settings
@@ -167,6 +176,7 @@ class Settings:
     slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory")
     seed: int = setting(1, "seed of the initial weights")
     dtype: str = setting("auto", "auto, bfloat16 or float32 (auto: bfloat16 where the hardware has it)")
+    fp8: bool = setting(True, "8-bit floats in the head and MLP of training, where the GPU has them [19, 84]")
     compile: bool = setting(True, "compile with torch.compile")
     sparse_exchange: bool = setting(True, "ranks exchange only the touched rows of the bigram gradient")
     muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
@@ -389,14 +399,281 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 
 # ======================================================================================================================
-# 2. Numerics
+# 2. Kernels
 #
-# The few functions in which rounding is a decision: the norm, the loss, the weights that are more exact than bf16, and
-# the polynomial that orthogonalizes. What is marked `region` is compiled, by itself on the CPU, where one compilation
-# then serves all layers, and as a part of the whole model on CUDA.
+# What PyTorch has no fast expression for, in Triton: each kernel, what launches it, and the plain expression that it
+# equals, which is what runs on the CPU and in float32. Kernels compute in float32 and round once, at the end.
+# ======================================================================================================================
+
+
+def has_kernels(x: Tensor) -> bool:
+    return triton is not None and x.is_cuda and x.dtype != torch.float32
+
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+class Tiles(typing.NamedTuple):
+    """How a product is cut: a program's block of the output, the inner steps, and how it is pipelined."""
+
+    rows: int
+    columns: int
+    inner: int  # in bf16; twice that in FP8
+    stages: int
+    warps: int
+
+
+# By the least compute capability. A multiprocessor's shared memory must hold the stages: 163 KB on 8.0, 227 KB on 9.0,
+# 99 KB on consumer cards (8.6, 8.9, 12.0). Tensor descriptors (TMA), which the MLP's kernel needs, begin with 9.0.
+SYMMETRIC_TILES = {80: Tiles(128, 128, 64, 4, 8)}
+MLP_TILES = {90: Tiles(128, 256, 64, 4, 8), 120: Tiles(128, 128, 64, 3, 8)}
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of a CUDA device, times ten."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def find_tiles(table: dict[int, Tiles], device: torch.device) -> Tiles | None:
+    """The last row that a device reaches."""
+    return next((table[least] for least in sorted(table, reverse=True) if least <= capability(device)), None)
+
+
+@jit
+def symmetric_kernel(
+    a, add, out, n, inner, stride_batch, stride_row, stride_inner, alpha, beta,
+    ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
+):  # fmt: skip
+    """A block of out = alpha A A^T + beta add, and its mirror image: A (n, inner) of any strides, the others (n, n)."""
+    across = tl.cdiv(n, COLUMNS)
+    i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, tl.cdiv(n, ROWS), across, 8)
+    if i * ROWS >= (j + 1) * COLUMNS:
+        return  # below the diagonal: another block's mirror image
+    batch = tl.program_id(1).to(tl.int64)
+    a += batch * stride_batch
+    out += batch * n * n
+    rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, inner, INNER):
+        k = start + tl.arange(0, INNER)
+        left, right = rows[:, None] * stride_row + k * stride_inner, columns * stride_row + k[:, None] * stride_inner
+        left = tl.load(a + left, (rows[:, None] < n) & (k < inner), 0)
+        right = tl.load(a + right, (columns < n) & (k[:, None] < inner), 0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    total *= alpha
+    upper = (rows[:, None] <= columns) & (columns < n)
+    here = rows[:, None] * n + columns
+    if add is not None:
+        total += beta * tl.load(add + batch * n * n + here, upper, 0).to(tl.float32)
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + here, total, upper)
+    tl.store(out + columns * n + rows[:, None], total, upper)
+
+
+@torch.library.custom_op("speedrun::symmetric", mutates_args=())
+def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+    count, n, inner = a.shape
+    out = a.new_empty(count, n, n)
+    tiles = find_tiles(SYMMETRIC_TILES, a.device)
+    grid = triton.cdiv(n, tiles.rows) * triton.cdiv(n, tiles.columns), count
+    numbers = (n, inner, *a.stride(), alpha, beta)
+    symmetric_kernel[grid](a, add, out, *numbers, *tiles[:3], num_stages=tiles.stages, num_warps=tiles.warps)
+    return out
+
+
+@symmetric_op.register_fake
+def _(a, add, alpha, beta):
+    return a.new_empty(a.size(0), a.size(1), a.size(1))
+
+
+def symmetric_product(a: Tensor, add: Tensor | None = None, alpha: float = 1, beta: float = 1) -> Tensor:
+    """alpha A A^T + beta add for each matrix of a (n, rows, cols), with symmetric add (n, rows, rows).
+
+    The kernel computes the blocks of one triangle, half the work, and its result is symmetric to the bit.
+    """
+    if has_kernels(a):
+        return symmetric_op(a, add if add is None else add.contiguous(), alpha, beta)
+    return alpha * (a @ a.mT) if add is None else torch.baddbmm(add, a, a.mT, beta=beta, alpha=alpha)
+
+
+@jit
+def mlp_kernel(
+    a, b, scale_a, scale_b, post, out, rows, columns, inner,
+    ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
+):  # fmt: skip
+    """Blocks of out = relu(A B^T)^2, or with `post` of out = 2 (A B^T) sqrt(post), from and to tensor descriptors.
+
+    Persistent: as many programs as multiprocessors. A block is stored in two halves, to leave shared memory to the
+    pipeline.
+    """
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+        i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, inner, INNER):
+            total = tl.dot(a.load([i * ROWS, k]), b.load([j * COLUMNS, k]).T, total)
+        if scale_a is not None:
+            total *= tl.load(scale_a) * tl.load(scale_b)
+        halves = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+        for h in tl.static_range(2):
+            place = [i * ROWS, j * COLUMNS + h * (COLUMNS // 2)]
+            if post is None:
+                half = tl.maximum(halves[h], 0)
+                half *= half
+            else:
+                half = 2 * halves[h] * tl.sqrt(post.load(place).to(tl.float32))
+            out.store(place, half.to(out.dtype))
+
+
+@torch.library.custom_op("speedrun::mlp", mutates_args=())
+def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, post: Tensor | None) -> Tensor:
+    """relu(scale_a A scale_b B^T)^2, or with `post` 2 (A B^T) sqrt(post), in bf16: a (n, k) and b (m, k) to (n, m).
+
+    FP8 inputs have scales, bf16 ones have none. Devices without TMA take PyTorch's product.
+    """
+    tiles = find_tiles(MLP_TILES, a.device)
+    if tiles is None or a.size(1) % 16 or b.size(0) % 16:
+        product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
+        return F.relu(product).square() if post is None else 2 * product * post.sqrt()
+    out = torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
+    inner = tiles.inner if scale_a is None else 2 * tiles.inner
+
+    def describe(x: Tensor | None, *block: int) -> TensorDescriptor | None:
+        return x if x is None else TensorDescriptor.from_tensor(x.contiguous(), list(block))
+
+    half = tiles.rows, tiles.columns // 2
+    inputs = describe(a, tiles.rows, inner), describe(b, tiles.columns, inner), scale_a, scale_b
+    blocks = triton.cdiv(a.size(0), tiles.rows) * triton.cdiv(b.size(0), tiles.columns)
+    mlp_kernel[(min(processors(a.device), blocks),)](
+        *inputs, describe(post, *half), describe(out, *half), *out.shape, a.size(1), tiles.rows, tiles.columns, inner,
+        num_stages=tiles.stages - (post is not None), num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+@mlp_op.register_fake
+def _(a, b, scale_a, scale_b, post):
+    return torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@jit
+def capped(logits):
+    """sigmoid((logits + 5) / 7.5) in float32, rounded to the logits' type."""
+    return tl.sigmoid((logits.to(tl.float32) + 5) / 7.5).to(logits.dtype).to(tl.float32)
+
+
+@jit
+def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, NEXT: constexpr, BLOCK: constexpr):
+    """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`.
+
+    The capped logits lie between 0 and 23, so that the sum of their exponentials needs no maximum.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocab
+    grads += row * vocab
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = capped(tl.load(logits + columns, columns < vocab, 0))
+        sums += tl.where(columns < vocab, tl.exp(23 * s), 0)
+    total = tl.sum(sums)
+    weight_sum, loss = 0.0, 0.0
+    for k in tl.static_range(NEXT):
+        there = row + k < tokens
+        weight = tl.load(weights + k)
+        weight_sum += weight
+        target = tl.load(targets + row + k, there, 0)
+        loss -= tl.where(there, weight * 23 * capped(tl.load(logits + target)), 0)
+    tl.store(losses + row, loss + weight_sum * tl.log(total))
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = capped(tl.load(logits + columns, columns < vocab, 0))
+        grad = weight_sum * (tl.exp(23 * s) / total)
+        for k in tl.static_range(NEXT):
+            target = tl.load(targets + row + k, row + k < tokens, -1)
+            grad -= tl.where(columns == target, tl.load(weights + k), 0)
+        grad *= 23 / 7.5 * s * (1 - s) / scale
+        tl.store(grads + columns, grad.to(grads.dtype.element_ty), columns < vocab)
+
+
+@torch.library.custom_op("speedrun::loss", mutates_args=())
+def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+    """Losses (T,) of `softcapped_losses`, and the gradient (T, V) of their sum by the logits, in one pass.
+
+    The gradient is in the logits' type, or with `fp8` in e5m2, divided by LOGIT_GRAD_SCALE.
+    """
+    losses, grads = loss_outputs(logits, targets, weights, fp8)
+    scale = LOGIT_GRAD_SCALE if fp8 else 1.0
+    loss_kernel[(len(logits),)](
+        logits, targets, weights, losses, grads, *logits.shape, scale, NEXT=len(weights), BLOCK=4096, num_warps=8
+    )
+    return losses, grads
+
+
+@loss_op.register_fake
+def loss_outputs(logits, targets, weights, fp8):
+    grads = torch.empty_like(logits, dtype=torch.float8_e5m2 if fp8 else logits.dtype)
+    return logits.new_empty(len(logits), dtype=torch.float32), grads
+
+
+@jit
+def transpose_kernel(source, out, rows, columns, ADD: constexpr, BLOCK: constexpr):
+    """A tile of out (columns, rows) = source (rows, columns)^T, or += with ADD."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < rows) & (j < columns)
+    value = tl.load(source + i * columns + j, inside)
+    if ADD:
+        value = value.to(tl.float32) + tl.load(out + j * rows + i, inside).to(tl.float32)
+    tl.store(out + j * rows + i, value.to(out.dtype.element_ty), inside)
+
+
+@torch.library.custom_op("speedrun::transpose", mutates_args=("out",))
+def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
+    rows, columns = source.shape
+    if source.element_size() == 1:  # FP8 only moves here
+        source, out = source.view(torch.uint8), out.view(torch.uint8)
+    grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
+    transpose_kernel[grid](source.contiguous(), out, rows, columns, add, BLOCK=64)
+
+
+@transpose_op.register_fake
+def _(source, out, add):
+    return None
+
+
+def copy_transposed(out: Tensor, source: Tensor) -> Tensor:
+    """out = source^T for matrices, contiguous; returns out."""
+    if not has_kernels(out):
+        return out.copy_(source.T)
+    transpose_op(source, out, False)
+    return out
+
+
+def add_transposed(out: Tensor, source: Tensor) -> None:
+    """out += source^T for matrices, contiguous."""
+    transpose_op(source, out, True) if has_kernels(out) else out.add_(source.T)
+
+
+# ======================================================================================================================
+# 3. Numerics
+#
+# The few functions in which rounding is a decision: the norm, the products in 8 bits, the loss, the MLP, the weights
+# that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled, by itself
+# on the CPU, where one compilation then serves all layers, and as a part of the whole model on CUDA.
 # ======================================================================================================================
 
 NORM_EPS = 2**-23
+E4M3_MAX = 448
+# Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last one is for a gradient
+# of 1 from outside, which the product's scale takes up.
+HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
+
 region = torch.compile(dynamic=False)
 
 
@@ -406,9 +683,63 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS).to(x.dtype)
 
 
-def softcap(logits: Tensor) -> Tensor:
-    """23 * sigmoid((logits + 5) / 7.5), in float32: bounded logits, asymmetric [18, 54]."""
-    return 23 * torch.sigmoid((logits.float() + 5) / 7.5)
+def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
+    """x / scale in e4m3, clamped to its range."""
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def largest_scale(x: Tensor) -> Tensor:
+    """The scale (0-d float32) with which `quantize` just fits the largest entry of x."""
+    return x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
+
+
+def scaled_mm(a: Tensor, b: Tensor, scale_a, scale_b, dtype=torch.bfloat16, fast=True) -> Tensor:
+    """scale_a A scale_b B^T in `dtype`: FP8 a (n, k) and b (m, k), scales 0-d; `fast` accumulates less exactly."""
+    scales = (torch.as_tensor(scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+    return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+
+
+class Head(torch.autograd.Function):
+    """The training objective of the normed stream x (T, D), as in `training_loss`, with the kernels.
+
+    The logits' gradient is made together with the loss, so that only it is kept; `fp8` has the three products in
+    8 bits [19, 60, 67, 79].
+    """
+
+    @staticmethod
+    def forward(ctx, x, lm_head, targets, weights, fp8):
+        ctx.fp8 = fp8
+        if fp8:
+            x, lm_head = quantize(x, HEAD_INPUT_SCALE), quantize(lm_head, HEAD_WEIGHT_SCALE)
+            logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE)
+        else:
+            logits = x @ lm_head
+        losses, logit_grads = loss_op(logits, targets, weights, fp8)
+        ctx.save_for_backward(x, lm_head, logit_grads)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, lm_head, logit_grads = ctx.saved_tensors
+        if not ctx.fp8:
+            logit_grads = logit_grads * grad.to(logit_grads.dtype)
+            return logit_grads @ lm_head.T, x.T @ logit_grads, None, None, None
+        scale = grad * LOGIT_GRAD_SCALE
+        x_grad = scaled_mm(logit_grads, lm_head, scale, HEAD_WEIGHT_SCALE, fast=False)
+        head_grad = scaled_mm(
+            transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale, torch.float32, fast=False
+        )
+        return x_grad, head_grad.to(torch.bfloat16), None, None, None
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous copy of the matrix x^T."""
+    return copy_transposed(x.new_empty(x.size(1), x.size(0)), x)
+
+
+def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """23 * sigmoid((logits + 5) / 7.5), in float32: bounded logits, asymmetric [18, 54]. `dtype` rounds the sigmoid."""
+    return 23 * torch.sigmoid((logits.float() + 5) / 7.5).to(dtype).float()
 
 
 @region
@@ -419,12 +750,14 @@ def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 @region
-def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, fp8: bool = False) -> Tensor:
     """The multi-token objective, summed over positions: sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) [53].
 
     Targets past the end are left out; the normalizer keeps all the weights.
     """
-    z = softcap(x @ lm_head)
+    if has_kernels(x):
+        return Head.apply(x, lm_head, targets, weights, fp8)
+    z = softcap(x @ lm_head, x.dtype)
     total = weights.sum() * z.logsumexp(-1).sum()
     for k in range(len(weights)):
         rest = targets[k:]
@@ -432,10 +765,34 @@ def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor) 
     return total
 
 
+class MLP(torch.autograd.Function):
+    """relu(x W_in^T)^2 W_out with the kernels: of the hidden layer only the square is kept [59, 87].
+
+    `fp8` has the first product in 8 bits, the backward pass in bf16 [84]. Its scale is that of the whole sequence,
+    which is not causal: for training only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w_in, w_out, fp8):
+        scales = (largest_scale(x), largest_scale(w_in)) if fp8 else (None, None)
+        inputs = (quantize(each, scale) for each, scale in zip((x, w_in), scales)) if fp8 else (x, w_in)
+        post = mlp_op(*inputs, *scales, None)
+        ctx.save_for_backward(x, w_in, w_out, post)
+        return post @ w_out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_in, w_out, post = ctx.saved_tensors
+        pre_grad = mlp_op(grad, w_out, None, None, post)
+        return pre_grad @ w_in, pre_grad.T @ x, post.T @ grad, None
+
+
 @region
-def mlp_step(x: Tensor, w_in: Tensor, w_out: Tensor, resid: Tensor, post: Tensor) -> Tensor:
+def mlp_step(x: Tensor, w_in: Tensor, w_out: Tensor, resid: Tensor, post: Tensor, fp8: bool = False) -> Tensor:
     """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), both matrices (4D, D)."""
-    return resid * x + post * (F.relu(norm(x) @ w_in.T).square() @ w_out)
+    y = norm(x)
+    y = MLP.apply(y, w_in, w_out, fp8) if has_kernels(y) else F.relu(y @ w_in.T).square() @ w_out
+    return resid * x + post * y
 
 
 def join_float32(top: Tensor, low: Tensor) -> Tensor:
@@ -465,14 +822,14 @@ def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
     x = (u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
     wide = x.size(-2) <= x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT if wide else x.mT @ x
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric_product(x if wide else x.mT)
+        poly = symmetric_product(gram, gram, alpha=c, beta=b)
         x = torch.baddbmm(x, poly, x, beta=a) if wide else torch.baddbmm(x, x, poly, beta=a)
     return x
 
 
 # ======================================================================================================================
-# 3. Attention
+# 4. Attention
 #
 # Causal, within a document, and at most `window` tokens back. CUDA runs FlexAttention over a list of blocks; other
 # devices run a banded attention, exact and linear in T. Both are a mask, made once a sequence, and an `attend`.
@@ -645,7 +1002,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
 
 
 # ======================================================================================================================
-# 4. Model
+# 5. Model
 #
 # One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), so that a
 # rank's share of the optimizer is a whole number of matrices. What changes during training comes in as `Context`.
@@ -745,11 +1102,14 @@ def matrix_bound(config: ModelConfig) -> float:
 
 
 class GPT(nn.Module):
-    """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`."""
+    """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1):
+    With `fp8` training has the head's products and the MLP's first in 8 bits; evaluation never has.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.fp8 = config, fp8
         self.rows = rows = config.rows
         dim, heads, vocab = config.dim, config.heads, config.padded_vocab
         layers, attending = len(rows), len(config.attention_layers)
@@ -813,7 +1173,8 @@ class GPT(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
-        return training_loss(self.stream(inputs, context), self.lm_head, targets, context.mtp)
+        x = self.stream(inputs, context, self.fp8)
+        return training_loss(x, self.lm_head, targets, context.mtp, self.fp8)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
@@ -821,7 +1182,7 @@ class GPT(nn.Module):
         chunks = zip(self.stream(inputs, context).split(16_384), targets.split(16_384))
         return torch.cat([token_losses(x, self.lm_head, y) for x, y in chunks])
 
-    def stream(self, inputs: Tensor, context: Context) -> Tensor:
+    def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
         config = self.config
         docs = (inputs == config.bos_id).cumsum(0)
@@ -856,7 +1217,7 @@ class GPT(nn.Module):
                 mask = masks[layer.attention, layer.window]
                 y = self.attention(i, a, added, begins, next(weights), mask, context)
                 x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
-            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post)
+            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post, fp8)
             after.append(x)
         if self.mudd_layers:
             first, second, third = (after[i] for i in config.mudd_sources)
@@ -934,7 +1295,7 @@ class GPT(nn.Module):
 
 
 # ======================================================================================================================
-# 5. Optimizer
+# 6. Optimizer
 #
 # NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a sharded
 # parameter is reduce-scattered, each rank updates its part, and the parts are gathered; small parameters are
@@ -1045,7 +1406,7 @@ class Optimizer:
         """Reduces the gradients that this step uses, updates, and clears them."""
         active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in self.muon)]
         if hyper.adam and self.tied:
-            self.params["lm_head"].grad += self.params["embed"].grad.T
+            add_transposed(self.params["lm_head"].grad, self.params["embed"].grad)
             active.remove("embed")
         reduced = {name: self.start_reduction(name) for name in active}
         gathers = []
@@ -1059,7 +1420,7 @@ class Optimizer:
             self.params[name].grad = None
         if hyper.adam and self.tied:
             self.params["embed"].grad = None
-            self.params["embed"].copy_(self.params["lm_head"].T)
+            copy_transposed(self.params["embed"].data, self.params["lm_head"].data)
             if not hyper.stage.tied:
                 self.untie()
 
@@ -1139,7 +1500,7 @@ class Optimizer:
 
 
 # ======================================================================================================================
-# 6. Data
+# 7. Data
 #
 # A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of which batch is planned for the
 # whole run before it starts, from the documents' lengths alone: a plan is a few thousand numbers, the same on every
@@ -1318,7 +1679,7 @@ def prefetch(items):
 
 
 # ======================================================================================================================
-# 7. Training
+# 8. Training
 #
 # Processes, the log, the clock, a warm-up that leaves no trace, validation, and the loop.
 # ======================================================================================================================
@@ -1404,6 +1765,13 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if settings.dtype == "auto":
         return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
     return getattr(torch, settings.dtype)
+
+
+def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether training has products in 8 bits: from compute capability 8.9 on, for sizes in multiples of 16."""
+    sizes = [settings.model.dim, *(stage.batch_tokens // settings.slices for stage in settings.all_stages)]
+    able = device.type == "cuda" and dtype == torch.bfloat16 and capability(device) >= 89
+    return settings.fp8 and able and not any(size % 16 for size in sizes)
 
 
 def divides(settings: Settings, slices: int, world_size: int) -> bool:
@@ -1752,7 +2120,8 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
     log = open_log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
         torch.manual_seed(settings.seed)
-        model = GPT(settings.model, choose_dtype(settings, device), world.size).to(device)
+        dtype = choose_dtype(settings, device)
+        model = GPT(settings.model, dtype, world.size, choose_fp8(settings, device, dtype)).to(device)
         world.broadcast(model)
         optimizer = Optimizer(model, settings, world.rank, world.size)
         if not settings.compile or not compiles():
@@ -1836,7 +2205,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
 
 
 # ======================================================================================================================
-# 8. Command line
+# 9. Command line
 #
 # Every scalar of `Settings` and `ModelConfig` is an option; types, defaults and help come from the tables above.
 # ======================================================================================================================

@@ -28,7 +28,7 @@ TECHNIQUES = {
     name: f.metadata["help"]
     for owner in (train_gpt.ModelConfig, train_gpt.Settings)
     for name, f in ((f.name, f) for f in dataclasses.fields(owner))
-    if f.type is bool and name not in ("compile", "muon", "sparse_exchange")
+    if f.type is bool and name not in ("compile", "muon", "fp8", "sparse_exchange")
 }
 
 

@@ -1,0 +1,44 @@
+"""Makes Triton's interpreter compute as a GPU does, where it does not: bf16 products, and roundings to bf16 and FP8.
+
+Its bf16 product multiplies bit patterns, float32 to bf16 truncates, and casts to FP8 round wrongly. `patch` has PyTorch
+do these. To be imported in a process that was started with TRITON_INTERPRET=1.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+TYPES = {
+    tl.float32: (torch.float32, np.float32),
+    tl.float16: (torch.float16, np.float16),
+    tl.bfloat16: (torch.bfloat16, np.uint16),
+    tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
+    tl.float8e5: (torch.float8_e5m2, np.uint8),
+}
+
+
+def convert(data: np.ndarray, source, target) -> np.ndarray:
+    """Floating-point numbers, in the interpreter's representation, from one type of Triton's to another."""
+    given = torch.from_numpy(np.array(data)).view(TYPES[source][0]) if data.size else torch.empty(data.shape)
+    kind, bits = TYPES[target]
+    return given.to(kind).view(getattr(torch, np.dtype(bits).name)).numpy()
+
+
+def patch() -> None:
+    builder = interpreter.InterpreterBuilder
+    plain_cast = builder.cast_impl
+
+    def cast(self, source, target, rounding_mode=None):
+        types = source.dtype.scalar, target.scalar
+        if types[0] in TYPES and types[1] in TYPES:
+            return interpreter.TensorHandle(convert(source.data, *types), types[1])
+        return plain_cast(self, source, target)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        a, b = (convert(each.data, each.dtype.scalar, tl.float32) for each in (a, b))
+        return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
+
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, cast, dot
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, cast)

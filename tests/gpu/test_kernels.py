@@ -1,0 +1,301 @@
+"""Every kernel equals its plain expression: on a GPU, or in the interpreter (see test_interpreted_kernels.py)."""
+
+import functools
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="of the interpreter itself")
+BF16, FLOAT32, E4M3, E5M2 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.patch()
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch):
+    """In the interpreter a pretended device of three multiprocessors, with tiles so small that sizes have several."""
+    torch.manual_seed(0)
+    if not INTERPRETED:
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device(None)
+        return
+    monkeypatch.setattr(train_gpt, "has_kernels", lambda x: x.dtype != FLOAT32)
+    monkeypatch.setattr(train_gpt, "capability", lambda device: 90)
+    monkeypatch.setattr(train_gpt, "processors", lambda device: 3)
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", {80: train_gpt.Tiles(16, 32, 16, 2, 4)})
+    monkeypatch.setattr(train_gpt, "MLP_TILES", {90: train_gpt.Tiles(16, 32, 16, 2, 4)})
+    yield
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh tensors hold NaN, so that what a kernel does not write is seen."""
+
+    def poisoned(make, *args, **options):
+        tensor = make(*args, **options)
+        if tensor.dtype in (E4M3, E5M2):
+            tensor.view(torch.uint8).fill_(127)
+        elif tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", functools.partial(poisoned, torch.empty))
+    monkeypatch.setattr(torch, "empty_like", functools.partial(poisoned, torch.empty_like))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", functools.partialmethod(poisoned_new, poisoned, torch.Tensor.new_empty)
+    )
+
+
+def poisoned_new(self, poisoned, make, *args, **options):
+    return poisoned(make, self, *args, **options)
+
+
+@interpreted
+def test_the_patched_interpreter_rounds_as_torch_does_for_all_values():
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+    halves = bits.view(BF16)
+    between = torch.cat([(bits.int() << 16 | low).view(FLOAT32) for low in (0, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    for values, target in ((halves, FLOAT32), (between, BF16), (halves, E4M3), (halves, E5M2), (between, E5M2)):
+        values = values[values.float().isfinite() & (values.float().abs() <= 448)]
+        out = torch.empty(len(values), dtype=target)
+        copy_kernel[(triton.cdiv(len(values), 1024),)](values, out, len(values), BLOCK=1024)
+        expected = values.to(target)
+        assert torch.equal(out.float(), expected.float())
+
+
+@triton.jit
+def copy_kernel(source, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + i, i < n).to(tl.float32)
+    tl.store(out + i, value.to(out.dtype.element_ty), i < n)
+
+
+@triton.jit
+def dot_kernel(a, b, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    here = i[:, None] * N + i
+    tl.store(out + here, tl.dot(tl.load(a + here), tl.load(b + here)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [BF16, E4M3, E5M2])
+def test_the_patched_interpreter_multiplies_values_not_bits(dtype):
+    a, b = (torch.randn(16, 16).to(dtype) for _ in range(2))
+    out = torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, out, N=16)
+    torch.testing.assert_close(out, (a.double() @ b.double()).float())
+
+
+SIZES = [(1, 16, 16), (2, 33, 50), (3, 50, 33), (2, 1, 7), (1, 97, 16)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count, rows, cols", SIZES)
+def test_symmetric_product_equals_float64_and_is_exactly_symmetric(count, rows, cols, transposed):
+    a = torch.randn(count, rows, cols).to(BF16)
+    a = a.mT.contiguous().mT if transposed else a
+    gram = train_gpt.symmetric_product(a)
+    expected = a.double() @ a.double().mT
+    torch.testing.assert_close(gram.double(), expected, rtol=2**-8, atol=1e-5)
+    assert torch.equal(gram, gram.mT)
+    poly = train_gpt.symmetric_product(gram, gram, alpha=0.5, beta=-2.0)
+    expected = 0.5 * gram.double() @ gram.double() - 2 * gram.double()
+    torch.testing.assert_close(poly.double(), expected, rtol=2**-8, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(poly, poly.mT)
+
+
+def test_symmetric_kernel_in_float32():
+    a = torch.randn(2, 33, 50)
+    torch.testing.assert_close(train_gpt.symmetric_op(a, None, 1.0, 1.0), a @ a.mT)
+
+
+def test_polar_express_with_the_kernels_makes_matrices_as_orthogonal_as_without():
+    for shape in (2, 24, 40), (2, 40, 24):
+        u = torch.randn(shape)
+        x, plain = train_gpt.polar_express(u, BF16), train_gpt.polar_express(u, FLOAT32)
+        torch.testing.assert_close(x.float(), plain, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("rows, inner, columns", [(16, 16, 32), (50, 48, 80), (7, 64, 144), (1, 16, 16)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
+    x, w = torch.randn(rows, inner).to(BF16), torch.randn(columns, inner).to(BF16) / inner**0.5
+    scales = (None, None)
+    if fp8:
+        scales = train_gpt.largest_scale(x), train_gpt.largest_scale(w)
+        x, w = (train_gpt.quantize(each, scale) for each, scale in zip((x, w), scales))
+    post = train_gpt.mlp_op(x, w, *scales, None)
+    product = x.double() @ w.double().T
+    if fp8:
+        product = product * scales[0] * scales[1]
+    torch.testing.assert_close(post.double(), F.relu(product).square(), rtol=2**-7, atol=1e-6)
+    if not fp8:
+        grads = train_gpt.mlp_op(x, w, None, None, post)
+        torch.testing.assert_close(grads.double(), 2 * product * post.double().sqrt(), rtol=2**-7, atol=1e-5)
+
+
+def test_without_descriptors_the_mlp_is_the_same(monkeypatch):
+    x, w = torch.randn(50, 48).to(BF16), torch.randn(80, 48).to(BF16)
+    post = train_gpt.mlp_op(x, w, None, None, None)
+    grads = train_gpt.mlp_op(x, w, None, None, post)
+    monkeypatch.setattr(train_gpt, "capability", lambda device: 89)
+    torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, None), post, rtol=2**-6, atol=1e-3)
+    torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, post), grads, rtol=2**-6, atol=1e-2)
+
+
+def plain_mlp(x, w_in, w_out):
+    return F.relu(x @ w_in.T).square() @ w_out
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_mlp_and_its_gradients(fp8):
+    """In bf16 against autograd in float64; in 8 bits against the same with quantized inputs of the first product."""
+    x, w_in, w_out = torch.randn(37, 32), torch.randn(80, 32) / 6, torch.randn(80, 32) / 9
+    given = [each.to(BF16).requires_grad_() for each in (x, w_in, w_out)]
+    y = train_gpt.MLP.apply(*given, fp8)
+    upstream = torch.randn(37, 32).to(BF16)
+    grads = torch.autograd.grad(y, given, upstream)
+
+    x, w_in, w_out = (each.detach().double().requires_grad_() for each in given)
+    first = x, w_in
+    if fp8:  # the values are rounded, the gradients pass
+        first = [each + (emulated(each.detach()) - each.detach()) for each in first]
+    pre = first[0] @ first[1].T
+    post = F.relu(pre).square()
+    expected = post @ w_out
+    pre_grad = 2 * (upstream.double() @ w_out.T) * F.relu(pre)
+    manual = pre_grad @ w_in, pre_grad.T @ x, post.T @ upstream.double()
+    torch.testing.assert_close(y.double(), expected, rtol=2**-6, atol=0.02)
+    for one, other in zip(grads, manual):
+        torch.testing.assert_close(one.double(), other, rtol=2**-5, atol=0.02 * other.abs().max().item())
+    if not fp8:
+        for one, other in zip(torch.autograd.grad(expected, (x, w_in, w_out), upstream.double()), manual):
+            torch.testing.assert_close(one, other)
+
+
+def emulated(x, scale=None, dtype=E4M3, largest=448):
+    """x quantized and back, in float64."""
+    scale = x.abs().max().float().clamp(min=1e-12) / largest if scale is None else scale
+    return (x.float() / scale).clamp(-largest, largest).to(dtype).double() * scale
+
+
+def plain_losses(logits, targets, weights, rounded=None):
+    """The losses by the formula in float64, one by one; the sigmoid may be rounded in value (gradients pass)."""
+    s = torch.sigmoid((logits + 5) / 7.5)
+    if rounded is not None:
+        s = s + (rounded.double() - s).detach()
+    z = 23 * s
+    losses = []
+    for i in range(len(z)):
+        loss = sum(weights) * z[i].logsumexp(-1)
+        for k, weight in enumerate(weights):
+            if i + k < len(targets):
+                loss = loss - weight * z[i, targets[i + k]]
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32])
+@pytest.mark.parametrize("tokens, vocab", [(1, 48), (9, 4224), (13, 4096), (6, 10000)])
+def test_loss_and_its_gradient_equal_float64_autograd_column_by_column(tokens, vocab, dtype, fp8):
+    logits = (4 * torch.randn(tokens, vocab)).to(dtype)
+    targets = torch.randint(vocab, (tokens,))
+    targets[1:3] = targets[0]  # the same target more than once in a row's next ones
+    targets[-1] = vocab - 1
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    losses, grads = train_gpt.loss_op(logits, targets, weights, fp8)
+    assert grads.dtype == (E5M2 if fp8 else dtype)
+
+    exact = logits.double().requires_grad_()
+    rounded = torch.sigmoid((logits.float() + 5) / 7.5).to(dtype)
+    expected = plain_losses(exact, targets.tolist(), weights.tolist(), rounded)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-4)
+    # The derivative of the sigmoid takes its rounded value too.
+    z = (23 * rounded.double()).requires_grad_()
+    total = sum(
+        (weights.double().sum() * z[i].logsumexp(-1))
+        - sum(weights[k].double() * z[i, targets[i + k]] for k in range(3) if i + k < tokens)
+        for i in range(tokens)
+    )
+    (z_grad,) = torch.autograd.grad(total, z)
+    expected = z_grad * 23 / 7.5 * rounded.double() * (1 - rounded.double())
+    got = grads.double() * (train_gpt.LOGIT_GRAD_SCALE if fp8 else 1)
+    # Half a unit in the last place: 2 stored bits of mantissa in e5m2, 7 in bf16; below, the smallest subnormal.
+    rtol = 2**-3 if fp8 else 2**-8 if dtype == BF16 else 1e-4
+    atol = 2**-17 * train_gpt.LOGIT_GRAD_SCALE if fp8 else 1e-6 / tokens
+    torch.testing.assert_close(got, expected, rtol=rtol * 1.001, atol=atol * 1.001)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_head_equals_its_emulation(fp8):
+    """Loss and gradients against products in float64 of the quantized values, and a gradient from outside of 1/4."""
+    x, head = torch.randn(32, 48).to(BF16), (0.1 * torch.randn(48, 128)).to(BF16)
+    targets, weights = torch.randint(128, (32,)), torch.tensor([1.0, 0.5, 0.0])
+    given = [each.clone().requires_grad_() for each in (x, head)]
+    loss = train_gpt.Head.apply(*given, targets, weights, fp8)
+    grads = torch.autograd.grad(loss / 4, given)
+
+    x, head = x.double(), head.double()
+    if fp8:
+        x, head = emulated(x, 100 / 448), emulated(head, 1.6 / 448)
+    logits = (x @ head).to(BF16)
+    losses, logit_grads = train_gpt.loss_op(logits, targets, weights, fp8)
+    torch.testing.assert_close(loss.item(), losses.sum().item(), rtol=1e-3, atol=0)
+    logit_grads = logit_grads.double() / 4 * (0.75 / 448 if fp8 else 1)
+    for one, other in zip(grads, (logit_grads @ head.T, x.T @ logit_grads)):
+        assert one.dtype == BF16
+        torch.testing.assert_close(one.double(), other, rtol=2**-6, atol=0.01 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (64, 64), (65, 130), (200, 3)])
+def test_transposes(rows, columns):
+    for dtype in BF16, E4M3, E5M2, torch.uint8:
+        source = torch.randint(100, (rows, columns)).to(dtype)
+        out = train_gpt.transposed(source)
+        assert torch.equal(out.float(), source.T.float())
+    source, out = torch.randn(rows, columns).to(BF16), torch.randn(columns, rows).to(BF16)
+    expected = (out.float() + source.T.float()).to(BF16)
+    train_gpt.add_transposed(out, source)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_gradients(fp8):
+    """As on CUDA, but for the attention; against the same model in float32 without kernels."""
+    config = replace(train_gpt.PRESETS["tiny"].model, dim=96, heads=4, bigram_dim=16)
+    model = train_gpt.GPT(config, BF16, fp8=fp8)
+    plain = train_gpt.GPT(config)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), plain.parameters()):
+            p += 0.02 * torch.randn_like(p)
+            q.copy_(p)
+    inputs, targets = (
+        torch.randint(config.vocab_size, (64,), dtype=torch.int32),
+        torch.randint(config.vocab_size, (64,)),
+    )
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    losses = []
+    for each in plain, torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True):
+        context = train_gpt.make_context(config, 64, (16, 32), each.embed)._replace(mtp=weights)
+        loss = each(inputs, targets, context)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        likeness = F.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0)
+        assert likeness > (0.97 if fp8 else 0.99), (name, likeness)

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import glob
 import hashlib
@@ -33,8 +34,8 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import typing
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -64,8 +65,9 @@ except ImportError:  # macOS, or a CPU without it
 # ======================================================================================================================
 
 
-def setting(default, help: str):
-    return field(default=default, metadata={"help": help})
+def setting(default, help: str, **limits):
+    """A field that the command line can set; `limits` are `low`, `high` and `choices`."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,13 @@ COLUMNS = {
 class ModelConfig:
     layers: tuple[Layer, ...]
     mudd_sources: tuple[int, int, int] | None = None  # layers whose output is mixed in again after the last [81]
-    vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)")
-    bos_id: int = setting(50256, "the token that begins every document")
-    dim: int = setting(768, "width of the stream")
-    heads: int = setting(6, "attention heads")
+    vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)", low=1)
+    bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
+    dim: int = setting(768, "width of the stream", low=1)
+    heads: int = setting(6, "attention heads", low=1)
     attention_scale: float = setting(0.1, "factor of the attention logits")
-    bigram_rows: int = setting(15, "rows of the bigram table, as a multiple of the padded vocabulary")
-    bigram_dim: int = setting(192, "channels of the stream that the bigram embedding is added to")
+    bigram_rows: int = setting(15, "rows of the bigram table, as a multiple of the padded vocabulary", low=1)
+    bigram_dim: int = setting(192, "channels of the stream that the bigram embedding is added to", low=1)
     smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
     value_embeds: bool = setting(True, "value embeddings [14]")
@@ -161,21 +163,25 @@ class Settings:
     extension: Stage  # more steps at the final learning rate
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "pattern of the training shards")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "pattern of the validation shards")
-    val_tokens: int = setting(10_485_760, "tokens to validate on, from the start of the stream")
-    val_seq_len: int = setting(262_144, "tokens of one validation sequence")
-    val_every: int = setting(250, "steps between validations (there is always one at the end)")
-    val_short_window: int = setting(768, "short window of the final validation [33, 35]")
-    val_long_window: int = setting(2560, "long window of the final validation [33, 35]")
-    steps: int | None = setting(None, "steps in all; the stages shrink or grow in proportion")
+    val_tokens: int = setting(10_485_760, "tokens to validate on, from the start of the stream", low=1)
+    val_seq_len: int = setting(262_144, "tokens of one validation sequence", low=1)
+    val_every: int = setting(250, "steps between validations (there is always one at the end)", low=1)
+    val_short_window: int = setting(768, "short window of the final validation [33, 35]", low=1)
+    val_long_window: int = setting(2560, "long window of the final validation [33, 35]", low=1)
+    steps: int | None = setting(None, "steps in all; the stages shrink or grow in proportion", low=1)
     yarn: bool = setting(True, "stretch the rotary embedding when the long window grows (YaRN) [31]")
     multi_token: bool = setting(True, "multi-token prediction in training [53]")
     length_schedule: bool = setting(True, "shorter documents in the first stages [72]")
     extension_windows: bool = setting(True, "wider windows in the extension")
     long_validation: bool = setting(True, "longer windows in the final validation [33, 35]")
-    epochs: int = setting(1, "times to go over the training shards")
-    slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory")
-    seed: int = setting(1, "seed of the initial weights")
-    dtype: str = setting("auto", "auto, bfloat16 or float32 (auto: bfloat16 where the hardware has it)")
+    epochs: int = setting(1, "times to go over the training shards", low=1)
+    slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory", low=1)
+    seed: int = setting(1, "seed of the initial weights", low=0, high=2**63 - 1)
+    dtype: str = setting(
+        "auto",
+        "bfloat16 or float32 (auto: bfloat16 where the hardware has it)",
+        choices=("auto", "bfloat16", "float32"),
+    )
     fp8: bool = setting(True, "8-bit floats in the head and MLP of training, where the GPU has them [19, 84]")
     compile: bool = setting(True, "compile with torch.compile")
     sparse_exchange: bool = setting(True, "ranks exchange only the touched rows of the bigram gradient")
@@ -184,13 +190,19 @@ class Settings:
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
     muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares")
     momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
-    momentum_warmup: int = setting(300, "steps over which the momentum rises")
-    momentum_cooldown: int = setting(50, "last steps, over which the momentum falls")
+    momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
+    momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
-    cooldown: float = setting(0.6, "last part of the stages' steps, in which the learning rate falls")
+    cooldown: float = setting(
+        0.6, "last part of the stages' steps, in which the learning rate falls", low=0.001, high=1
+    )
     final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
     run_id: str = setting("", "name of the log (default: made from the date)")
+    checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
+    checkpoint_last: bool = setting(False, "write a checkpoint at the end")
+    resume: str = setting("", "checkpoint to go on from")
+    wandb: str = setting("", "project of Weights & Biases that gets the log's numbers")
 
     @property
     def all_stages(self) -> tuple[Stage, ...]:
@@ -331,7 +343,9 @@ MUON_TABLE = {
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text says what is wrong and what to do, and is all that is printed."""
+    """Ends the run: its text says what is wrong and what to do, and is all that is printed."""
+
+    status = 2
 
 
 @dataclass(frozen=True)
@@ -1486,17 +1500,45 @@ class Optimizer:
             tensors = (part, grad, state["exp_avg"], state["exp_avg_sq"])
             adam_update(*(tensor.view(-1) for tensor in tensors), *map(torch.tensor, numbers))
 
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """The whole of what this rank has a part of, for a sharded parameter; as bytes, since not all dtypes travel."""
+        if self.world_size == 1 or not self.sharded(name):
+            return part
+        whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
+        all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
+        return whole
+
     def untie(self) -> None:
         """From here on `embed` has an Adam of its own, which begins as a transposed copy of the head's [51, 53]."""
         self.tied = False
         self.updates["embed"] = self.updates["lm_head"]
         for key, part in self.state["lm_head"].items():
-            whole = torch.empty_like(self.params["lm_head"], dtype=part.dtype)
-            if self.world_size > 1:
-                all_gather(whole, part)
-            else:
-                whole.copy_(part)
-            self.state["embed"][key].copy_(self.share(whole.T))
+            self.state["embed"][key].copy_(self.share(self.gather("lm_head", part).T))
+
+    def state_dict(self) -> dict:
+        """All state, whole and on the CPU, whatever the number of ranks; and the gradients that wait for Adam."""
+        states = {
+            name: {key: self.gather(name, part).cpu() for key, part in state.items()}
+            for name, state in self.state.items()
+        }
+        grads = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
+        for grad in grads.values() if self.world_size > 1 else ():
+            dist.all_reduce(grad, op=dist.ReduceOp.AVG)
+        grads = {name: grad.cpu() for name, grad in grads.items()}
+        return {"states": states, "grads": grads, "updates": dict(self.updates), "tied": self.tied}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
+        for name, state in saved["states"].items():
+            for key, whole in state.items():
+                whole = self.share(resize(whole, len(self.params[name]))) if self.sharded(name) else whole
+                self.state[name][key].copy_(whole)
+        for name, grad in saved["grads"].items():
+            p = self.params[name]
+            p.grad = resize(grad, len(p)).to(p.device)
+        if self.sparse and "bigram_table" in saved["grads"]:
+            self.touched.append(saved["grads"]["bigram_table"].any(1).nonzero().squeeze(1))
+        self.updates, self.tied = dict(saved["updates"]), saved["tied"]
 
 
 # ======================================================================================================================
@@ -1681,25 +1723,34 @@ def prefetch(items):
 # ======================================================================================================================
 # 8. Training
 #
-# Processes, the log, the clock, a warm-up that leaves no trace, validation, and the loop.
+# Processes, the clock, the log, checkpoints, a warm-up that leaves no trace, validation, and the loop.
 # ======================================================================================================================
 
 
-class NotFinite(Exception):
+class NotFinite(UserError):
     """The loss became NaN or infinite."""
 
+    status = 3
 
-class Stopped(Exception):
+
+class Stopped(UserError):
     """The run was asked to stop by a signal."""
 
     def __init__(self, signum: int):
-        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.status = 128 + signum
 
 
 def complain(text: str) -> None:
     """The one line on stderr that says why a run ends, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
+
+
+def let_rank_0_speak() -> None:
+    """torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
 
 
 class StopSignal:
@@ -1715,7 +1766,7 @@ class StopSignal:
 
     def handle(self, signum: int, frame) -> None:
         if not self.deferred or self.signum:  # a second one does not wait for the step to end
-            complain(f"stopped by {signal.Signals(signum).name}")
+            complain(str(Stopped(signum)))
             os._exit(128 + signum)
         self.signum = signum
 
@@ -1738,12 +1789,11 @@ class World:
 def find_world() -> World:
     """This process's place in what torchrun describes in the environment, and its device."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
+        return World(rank, size, torch.device("cpu"))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
     return World(rank, size, device)
 
 
@@ -1754,17 +1804,15 @@ def join_processes(world: World) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
 
 
-def has_native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
-    return getattr(torch, settings.dtype)
+    """The dtype of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
@@ -1787,7 +1835,8 @@ def out_of_memory(settings: Settings, world_size: int) -> str:
 
 
 def check_divisions(settings: Settings, world_size: int) -> None:
-    """UserError unless slices share out evenly over batches and processes, and validation over its sequences."""
+    """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
+    config, length = settings.model, settings.val_seq_len
     if not divides(settings, settings.slices, world_size):
         batches = sorted({stage.batch_tokens for stage in settings.all_stages})
         what, near = "--slices", settings.slices
@@ -1800,31 +1849,36 @@ def check_divisions(settings: Settings, world_size: int) -> None:
             f"batches of {', '.join(f'{batch:,}' for batch in batches)} tokens, {settings.slices} slices and "
             f"{world_size} processes do not divide; nearest that work: {what} {' or '.join(map(str, nearest))}"
         )
-    tables = {"--dim": settings.model.dim, "the padded vocabulary": settings.model.padded_vocab}
-    for name, size in tables.items():
-        if size % world_size:
-            raise UserError(f"{name} {size} is not divisible by {world_size} processes, which share the optimizer")
-    config = settings.model
-    if config.dim % config.heads or config.head_dim % 4 or config.dim < 12:  # the gates read twelve channels
-        raise UserError(f"--dim {config.dim} must be at least 12, and --heads {config.heads} times a multiple of 4")
-    if config.heads % 2 and (config.paired_heads or config.head_pairs or config.mudd):
-        raise UserError(f"--heads {config.heads} must be even for --paired-heads, --head-pairs and --mudd")
-    if config.bigram_dim > config.dim:
-        raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {config.dim}")
-    if settings.val_tokens % settings.val_seq_len:
-        nearest = max(settings.val_tokens // settings.val_seq_len, 1) * settings.val_seq_len
-        raise UserError(
-            f"--val-tokens {settings.val_tokens} is no multiple of --val-seq-len {settings.val_seq_len}; "
-            f"nearest that works: --val-tokens {nearest}"
-        )
+    sharing = f"is not divisible by {world_size} processes, which share the optimizer"
+    rules = (
+        (config.dim % world_size, f"--dim {config.dim} {sharing}"),
+        (config.padded_vocab % world_size, f"the padded vocabulary {config.padded_vocab} {sharing}"),
+        (
+            config.dim % config.heads or config.head_dim % 4 or config.dim < 12,  # the gates read twelve channels
+            f"--dim {config.dim} must be at least 12, and --heads {config.heads} times a multiple of 4",
+        ),
+        (
+            config.heads % 2 and (config.paired_heads or config.head_pairs or config.mudd),
+            f"--heads {config.heads} must be even for --paired-heads, --head-pairs and --mudd",
+        ),
+        (config.bigram_dim > config.dim, f"--bigram-dim {config.bigram_dim} is larger than --dim {config.dim}"),
+        (
+            settings.val_tokens % length,
+            f"--val-tokens {settings.val_tokens} is no multiple of --val-seq-len {length}; "
+            f"nearest that works: --val-tokens {max(settings.val_tokens // length, 1) * length}",
+        ),
+    )
+    for broken, text in rules:
+        if broken:
+            raise UserError(text)
 
 
 class Clock:
     """Training time in milliseconds: runs between `start` and `stop`, both of which wait for the device."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, total: float = 0.0):
         self.cuda = device.type == "cuda"
-        self.total = 0.0
+        self.total = total
 
     def mark(self):
         """A point in the device's work, to be read by `at` once it has been passed."""
@@ -1834,13 +1888,13 @@ class Clock:
         event.record()
         return event
 
+    def at(self, mark) -> float:
+        return self.total + (self.begin.elapsed_time(mark) if self.cuda else 1000 * (mark - self.begin))
+
     def start(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
         self.begin = self.mark()
-
-    def at(self, mark) -> float:
-        return self.total + (self.begin.elapsed_time(mark) if self.cuda else 1000 * (mark - self.begin))
 
     def stop(self) -> None:
         mark = self.mark()
@@ -1853,7 +1907,8 @@ def git_state() -> str:
     """The commit of this file's repository and whether it was dirty, or `none`."""
 
     def git(*command: str) -> str:
-        run = subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        command = ("git", "--no-optional-locks", *command)
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         return run.stdout.strip()
 
     try:
@@ -1872,120 +1927,198 @@ def hardware_name(world: World) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-class Log:
-    """The run's record: `logs/<run id>.txt` on rank 0, line by line; its lines also on the screen.
+def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> bytes:
+    """Source, environment, settings and data, so that the log alone says what was run."""
+    rule, source = "=" * 100, Path(__file__).read_bytes()
+    lines = [
+        rule,
+        f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
+        f"python: {platform.python_version()}",
+        f"pytorch: {torch.__version__}",
+        f"cuda: {torch.version.cuda or 'none'}",
+        f"triton: {triton.__version__ if triton else 'none'}",
+        f"hardware: {hardware_name(world)}",
+    ]
+    if world.device.type == "cuda":
+        lines.append(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout.rstrip())
+    lines += [
+        f"world size: {world.size}",
+        f"git: {git_state()}",
+        f"settings: {json.dumps(dataclasses.asdict(settings))}",
+    ]
+    for part, sizes in files.items():
+        lines += [f"data: {part} {path} {count:,} tokens" for path, count in sizes.items()]
+    return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, rule, "")).encode()
 
-    On a terminal a status line stands for the training lines.
+
+class Log:
+    """The run's record: `logs/<run id>.txt` on rank 0, written line by line; its lines also on the screen.
+
+    On a terminal a status line stands for the training lines. With --wandb the numbers go there, too.
     """
 
-    RULE = "=" * 100
-
     def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
-        self.main = world.rank == 0
-        self.terminal = self.main and sys.stdout.isatty()
-        self.file = None
-        self.bar = None
-        self.settings = settings
-        if self.main:
-            header = self.header(world, files)
-            name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
-            self.path = Path("logs") / f"{name}.txt"
-            try:
-                self.path.parent.mkdir(exist_ok=True)
-                self.file = open(self.path, "xb", buffering=0)
-                self.file.write(header)
-            except FileExistsError:
-                raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-            self.say(f"log: {self.path}")
+        self.total, self.file, self.bar, self.wandb = settings.total_steps, None, None, None
+        name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
+        self.path = Path("logs") / f"{name}.txt"
+        if world.rank > 0:
+            return
+        self.terminal = sys.stdout.isatty()
+        header = log_header(settings, world, files)
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            self.file = open(self.path, "xb", buffering=0)
+        except FileExistsError:
+            raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        self.write(header)
+        if settings.wandb:
+            self.wandb = start_wandb(settings, name)
+        self.say(f"log: {self.path}")
 
-    def header(self, world: World, files: dict[str, dict[str, int]]) -> bytes:
-        """Source, environment, settings and data, so that the log alone says what was run."""
-        source = Path(__file__).read_bytes()
-        triton = sys.modules.get("triton")
-        lines = [
-            self.RULE,
-            f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
-            f"python: {platform.python_version()}",
-            f"pytorch: {torch.__version__}",
-            f"cuda: {torch.version.cuda or 'none'}",
-            f"triton: {triton.__version__ if triton else 'none'}",
-            f"hardware: {hardware_name(world)}",
-        ]
-        if world.device.type == "cuda":
-            lines.append(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout.rstrip())
-        lines += [
-            f"world size: {world.size}",
-            f"git: {git_state()}",
-            f"settings: {json.dumps(dataclasses.asdict(self.settings))}",
-        ]
-        for part, sizes in files.items():
-            lines += [f"data: {part} {path} {count:,} tokens" for path, count in sizes.items()]
-        return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, self.RULE, "")).encode()
-
-    def line(self, text: str) -> None:
-        """Into the log and onto the screen."""
-        if self.main:
-            self.file.write(text.encode() + b"\n")
-            self.say(text)
+    def write(self, content: bytes) -> None:
+        try:
+            self.file.write(content)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def say(self, text: str) -> None:
         """Onto the screen only."""
-        if self.main:
+        if self.file:
             tqdm.write(text) if self.terminal else print(text, flush=True)
 
-    def step(self, step: int, loss: float, milliseconds: float, status: str) -> None:
-        if not self.main:
+    def line(self, text: str) -> None:
+        """Into the log and onto the screen."""
+        if self.file:
+            self.write(text.encode() + b"\n")
+            self.say(text)
+
+    def loss(self, step: int, kind: str, loss: float, milliseconds: float, status: str = "") -> None:
+        """A step's train_loss or val_loss, and the training time up to there."""
+        if not self.file:
             return
-        text = f"train_loss:{loss:.4f} {timing(milliseconds, step)}"
-        line = f"step:{step}/{self.settings.total_steps} {text}"
-        if not self.terminal:
-            return self.line(line)
-        self.file.write(line.encode() + b"\n")
+        average = milliseconds / max(step, 1)
+        text = f"step:{step}/{self.total} {kind}:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        if self.wandb:
+            self.wandb.log({kind: loss, "train_time": milliseconds / 1000, "step_avg": average}, step=step)
+        if kind == "val_loss" or not self.terminal:
+            return self.line(text)
+        self.write(text.encode() + b"\n")
         if self.bar is None:
             layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
-            self.bar = tqdm(total=self.settings.total_steps, bar_format=layout, dynamic_ncols=True)
+            self.bar = tqdm(total=self.total, initial=step - 1, bar_format=layout, dynamic_ncols=True)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {status}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.file is not None:
-            self.file.close()
+        for part in (self.bar, self.file):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
-def open_log(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> Log:
-    """The log on every rank; if rank 0 cannot open its file, UserError on every rank."""
-    log, error = None, None
+def start_wandb(settings: Settings, name: str):
+    """A run of Weights & Biases."""
     try:
-        log = Log(settings, world, files)
-    except UserError as raised:
-        error = raised
-    failed = torch.tensor(float(error is not None), device=world.device)
-    if world.size > 1:
-        dist.broadcast(failed, src=0)
-    if failed:
-        raise error or UserError("rank 0 could not open the log")
-    return log
-
-
-def timing(milliseconds: float, step: int) -> str:
-    return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms"
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install wandb") from None
+    return wandb.init(project=settings.wandb, name=name, config=dataclasses.asdict(settings))
 
 
 def peak_memory(device: torch.device) -> str:
     """The log's last line. On the CPU both numbers are the process's largest resident set."""
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        sizes = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     else:
         import resource  # not on Windows
 
-        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+        unit = 1 if sys.platform == "darwin" else 1024
+        sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,) * 2
+    return "peak memory allocated: {} MiB reserved: {} MiB".format(*(size >> 20 for size in sizes))
+
+
+def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer) -> None:
+    """Writes `logs/<run id>_step000010.pt`, whole or not at all; a disk that is full does not end the run."""
+    state = {
+        "settings": json.dumps(dataclasses.asdict(settings)),
+        "dtype": str(model.embed.dtype),
+        "step": step,
+        "train_time_ms": milliseconds,
+        "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
+        "optimizer": optimizer.state_dict(),  # on all ranks, since each has a part
+        "rng": torch.get_rng_state(),
+    }
+    if not log.file:
+        return
+    path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
+    unfinished = path.with_suffix(".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        log.line(f"checkpoint: {path}")
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
+        unfinished.unlink(missing_ok=True)
+        log.line(f"checkpoint not written: {path}: {getattr(error, 'strerror', None) or error}")
+
+
+def load_checkpoint(path: str) -> dict:
+    """What `save_checkpoint` has saved, on the CPU, with `settings` a `Settings`; UserError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # PyTorch does not look at the checksums
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(state["settings"], object_hook=lambda each: {k: tuples(v) for k, v in each.items()})
+        model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
+        stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
+        return {**state, "settings": Settings(**{**saved, "model": model, **stages})}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception:
+        raise UserError(f"{path}: damaged, or no checkpoint of this train_gpt.py; use another") from None
+
+
+def tuples(value):
+    """JSON's lists as tuples."""
+    return tuple(tuples(each) for each in value) if isinstance(value, list) else value
+
+
+def resize(saved: Tensor, rows: int) -> Tensor:
+    """A bank's first axis cut, or padded with zeros, for another number of processes."""
+    whole = saved.new_zeros(rows, *saved.shape[1:])
+    whole[: len(saved)] = saved[:rows]
+    return whole
+
+
+def find_checkpoint(settings: Settings, dtype: torch.dtype) -> dict:
+    """The checkpoint that a run is to go on from; UserError if it is another model's."""
+    state = load_checkpoint(settings.resume)
+    for field_ in dataclasses.fields(ModelConfig):
+        theirs, ours = (getattr(each.model, field_.name) for each in (state["settings"], settings))
+        if theirs != ours:
+            raise UserError(f"{settings.resume}: another model: its {field_.name} is {theirs}, this run's is {ours}")
+    if state["dtype"] != str(dtype) or state["settings"].muon != settings.muon:
+        theirs = f"{state['dtype']} and --muon {str(state['settings'].muon).lower()}"
+        raise UserError(f"{settings.resume}: it has {theirs}, unlike this run; use --dtype and --muon")
+    if state["step"] > settings.total_steps:
+        raise UserError(f"{settings.resume}: step {state['step']} is past the end of {settings.total_steps} steps")
+    return state
+
+
+def restore(state: dict, model: GPT, optimizer) -> tuple[int, float]:
+    """Puts model and optimizer as a checkpoint has them; returns its step and training time."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(resize(state["model"][name], len(p)))
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["step"], state["train_time_ms"]
 
 
 class Losses:
@@ -1995,34 +2128,34 @@ class Losses:
     a step's loss is known at once; on CUDA it is copied every 8 steps and looked at 8 steps later.
     """
 
-    def __init__(self, steps: int, world: World, clock: Clock):
-        self.world, self.clock = world, clock
-        self.cuda = world.device.type == "cuda"
+    def __init__(self, first: int, steps: int, world: World, clock: Clock):
+        self.world, self.clock, self.cuda = world, clock, world.device.type == "cuda"
         self.rows = torch.zeros(steps, 2, device=world.device)
         self.host = torch.zeros(steps, 2, pin_memory=True) if self.cuda else self.rows
-        self.interval = 8 if self.cuda else 1
-        self.copied = self.known = 0
-        self.pending: list[tuple[int, typing.Any]] = []  # steps copied and when, oldest first
+        self.sent = self.known = first
+        self.pending: list[tuple[int, typing.Any]] = []  # steps sent to the host and when, oldest first
 
     def record(self, step: int, loss: Tensor, stop: bool):
-        """Takes a step's loss; yields the blocks of steps that have become known (see `read`)."""
+        """Takes a step's loss; yields what has become known (see `receive`)."""
         row = self.rows[step]
         row[0] = loss
         if stop:
             row[1] = 1.0
         if self.world.size > 1:
             dist.all_reduce(row)
-        if (step + 1) % self.interval == 0:
-            self.copy(step + 1)
-        yield from self.read(keep=1 if self.cuda else 0)
+        if (step + 1) % (8 if self.cuda else 1) == 0:
+            self.send(step + 1)
+        return self.receive(keep=1 if self.cuda else 0)
 
-    def copy(self, steps: int) -> None:
-        if self.cuda:
-            self.host[self.copied : steps].copy_(self.rows[self.copied : steps], non_blocking=True)
-        self.pending.append((steps, self.clock.mark()))
-        self.copied = steps
+    def send(self, steps: int) -> None:
+        """Starts the copy of the losses of all steps up to `steps`."""
+        if steps > self.sent:
+            if self.cuda:
+                self.host[self.sent : steps].copy_(self.rows[self.sent : steps], non_blocking=True)
+            self.pending.append((steps, self.clock.mark()))
+            self.sent = steps
 
-    def read(self, keep: int):
+    def receive(self, keep: int = 0):
         """Yields (first step, its and the following steps' losses, milliseconds at the last, whether to stop)."""
         while len(self.pending) > keep:
             steps, mark = self.pending.pop(0)
@@ -2031,12 +2164,6 @@ class Losses:
             block = self.host[self.known : steps]
             yield self.known, block[:, 0].tolist(), self.clock.at(mark), bool(block[:, 1].any())
             self.known = steps
-
-    def drain(self, steps: int):
-        """Waits for all losses up to `steps`, and yields them."""
-        if steps > self.copied:
-            self.copy(steps)
-        yield from self.read(keep=0)
 
 
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
@@ -2065,9 +2192,9 @@ def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tens
 
 def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
     """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
-    parameters = [p.detach().cpu().clone() for p in model.parameters()]
+    tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
+    before = [tensor.detach().cpu().clone() for tensor in tensors]
     counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
-    state = {name: {key: value.cpu().clone() for key, value in each.items()} for name, each in optimizer.state.items()}
     generator = torch.Generator().manual_seed(world.rank)
 
     def dummy(*shape: int) -> Tensor:
@@ -2075,9 +2202,8 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         return tokens.to(world.device)
 
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
-    for (length, windows), stage in tqdm(
-        shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or not sys.stdout.isatty()
-    ):
+    quiet = world.rank > 0 or not sys.stdout.isatty()
+    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=quiet):
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
@@ -2091,12 +2217,9 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         validate(model, dummy(world.size, settings.val_seq_len + 1), context, world)
 
     with torch.no_grad():
-        for p, value in zip(model.parameters(), parameters):
-            p.copy_(value)
-            p.grad = None
-    for name, each in state.items():
-        for key, value in each.items():
-            optimizer.state[name][key].copy_(value)
+        for tensor, value in zip(tensors, before):
+            tensor.copy_(value)
+            tensor.grad = None
     optimizer.updates, optimizer.tied, optimizer.touched = counters
 
 
@@ -2111,64 +2234,70 @@ def compiles() -> bool:
 
 def train(settings: Settings, world: World, stop: StopSignal) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
-    device = world.device
+    device, dtype = world.device, choose_dtype(settings, world.device)
     check_divisions(settings, world.size)
+    checkpoint = find_checkpoint(settings, dtype) if settings.resume else None
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, device, dtype)).to(device)
+    optimizer = Optimizer(model, settings, world.rank, world.size)
 
     join_processes(world)
-    log = open_log(settings, world, {"train": train_sizes, "val": val_sizes})
+    log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
-        torch.manual_seed(settings.seed)
-        dtype = choose_dtype(settings, device)
-        model = GPT(settings.model, dtype, world.size, choose_fp8(settings, device, dtype)).to(device)
         world.broadcast(model)
-        optimizer = Optimizer(model, settings, world.rank, world.size)
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
             log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
         # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
         objective = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
-        log.say(f"warm-up: compiling for {model.embed.dtype} on {device.type}")
+        log.say(f"warm-up: compiling for {dtype} on {device.type}")
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
-        peak = measure_peak(device, model.embed.dtype) * world.size
+        peak = measure_peak(device, dtype) * world.size
         gc.collect()
         gc.freeze()  # a collection over all that exists by now would stall a step
         stop.deferred = True
-        loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak)
+        start = 0, 0.0
+        if checkpoint:
+            start = restore(checkpoint, model, optimizer)
+            log.line(f"resumed from {settings.resume} after step {start[0]}")
+        loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start)
         log.line(peak_memory(device))
     finally:
         gc.unfreeze()
         log.close()
 
 
-def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak) -> None:
-    """Steps and validations. Nothing in a step waits for the device."""
-    total, own = settings.total_steps, settings.slices // world.size
-    clock = Clock(world.device)
-    losses = Losses(total, world, clock)
+def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start=(0, 0.0)) -> None:
+    """Steps and validations, from a step and its training time on. Nothing in a step waits for the device."""
+    total, own, first = settings.total_steps, settings.slices // world.size, start[0]
+    clock = Clock(world.device, start[1])
+    losses = Losses(first, total, world, clock)
+    stopping = False
 
     def check_finite(step: int, loss: float) -> None:
         if not math.isfinite(loss):
             log.line(f"loss is not finite: step {step}")
             raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped")
 
-    def report(blocks) -> None:
-        """Logs what has become known; raises at the first loss that is not finite, and when a rank was to stop."""
-        for first, values, milliseconds, stopping in blocks:
-            for step, loss in enumerate(values, first + 1):
+    def report(blocks) -> bool:
+        """Logs what has become known; raises at the first loss that is not finite; True if a rank was to stop."""
+        stopping = False
+        for before, values, milliseconds, stops in blocks:
+            for step, loss in enumerate(values, before + 1):
                 check_finite(step, loss)
             speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
             share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
-            log.step(step, loss, milliseconds, f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed")
-            if stopping:
-                log.line(f"stopped by a signal after step {step}")
-                raise Stopped(stop.signum or signal.SIGTERM)
+            status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
+            log.loss(step, "train_loss", loss, milliseconds, status)
+            stopping |= stops
+        return stopping
 
     def prepared():
-        for tokens in training_batches(plan, settings.model, range(world.rank * own, (world.rank + 1) * own)):
+        for tokens in training_batches(plan[first:], settings.model, range(world.rank * own, (world.rank + 1) * own)):
             rows = touched_rows(tokens, settings.model) if optimizer.sparse else None
             yield tokens.pin_memory() if losses.cuda else tokens, rows
 
@@ -2176,17 +2305,27 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
     mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=world.device)
     context = stage = None
     clock.start()
-    for step in range(total + 1):
+    for step in range(first, total + 1):
         hyper = schedule(settings, step)
-        if step == total or step % settings.val_every == 0:
-            report(losses.drain(step))
+        validates = step == total or (step % settings.val_every == 0 and (step > first or step == 0))
+        saves = step > first and settings.checkpoint_every and (stopping or step % settings.checkpoint_every == 0)
+        saves = saves or settings.checkpoint_last and (stopping or step == total)
+        if validates or saves or stopping:
+            losses.send(step)
+            report(losses.receive())
             clock.stop()
-            windows = final_windows(settings) if step == total else hyper.stage.windows
-            rotary = rotary_state(settings, step)
-            wide = make_context(settings.model, settings.val_seq_len, windows, model.embed, rotary)
-            loss = validate(model, sequences, wide, world)
-            log.line(f"step:{step}/{total} val_loss:{loss:.4f} {timing(clock.total, step)}")
-            check_finite(step, loss)
+            if validates and not stopping:
+                windows = final_windows(settings) if step == total else hyper.stage.windows
+                rotary = rotary_state(settings, step)
+                wide = make_context(settings.model, settings.val_seq_len, windows, model.embed, rotary)
+                loss = validate(model, sequences, wide, world)
+                log.loss(step, "val_loss", loss, clock.total)
+                check_finite(step, loss)
+            if saves:
+                save_checkpoint(log, settings, step, clock.total, model, optimizer)
+            if stopping:
+                log.line(f"stopped by a signal after step {step}")
+                raise Stopped(stop.signum or signal.SIGTERM)
             clock.start()
         if step == total:
             break
@@ -2200,14 +2339,14 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             optimizer.touched.append(rows)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
-        report(losses.record(step, loss, bool(stop.signum)))
+        stopping = report(losses.record(step, loss, bool(stop.signum)))
     batches.close()
 
 
 # ======================================================================================================================
 # 9. Command line
 #
-# Every scalar of `Settings` and `ModelConfig` is an option; types, defaults and help come from the tables above.
+# Every scalar of `Settings` and `ModelConfig` is an option; its type, limits, default and help come from there.
 # ======================================================================================================================
 
 
@@ -2230,14 +2369,15 @@ def active_matrices(config: ModelConfig) -> list[tuple[str, int]]:
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The arithmetic that the device really does, in FLOP/s: the best of a few large matrix products."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    clock, best = Clock(device), math.inf
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    best = math.inf
     for _ in range(6):
+        clock = Clock(device)
         clock.start()
         a @ b
-        before = clock.total
         clock.stop()
-        best = min(best, clock.total - before)
+        best = min(best, clock.total)
     return 2 * size**3 / best * 1000
 
 
@@ -2258,11 +2398,11 @@ def print_plan(settings: Settings, world: World) -> None:
         how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
         print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:27}{how}")
     parts = active_matrices(config)
-    active = sum(count for _, count in parts)
     print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
     print(f"lr x Adam's {settings.adam_lr} or NorMuon's {settings.muon_lr}, ", end="")
     print(f"wd x {settings.adam_wd} or {settings.muon_wd}; NorMuon's beta2 {settings.muon_beta2}")
-    print(f"active matrix parameters: {active / 1e6:.1f}M ({', '.join(f'{n} {c / 1e6:.1f}M' for n, c in parts)})\n")
+    active = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts)
+    print(f"active matrix parameters: {sum(count for _, count in parts) / 1e6:.1f}M ({active})\n")
 
     print("stage      steps     batch  slices      max_seq_len    windows  lr x  next targets")
     total_flops = tokens = 0
@@ -2295,30 +2435,34 @@ def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     return int(weights + state / world_size + activations)
 
 
-def scalar_fields() -> dict[str, tuple[type, dataclasses.Field]]:
-    """Every field that the command line can set: its owner, `Settings` or `ModelConfig`, and itself, by name."""
-    owners = (Settings, ModelConfig)
-    return {f.name: (owner, f) for owner in owners for f in dataclasses.fields(owner) if "help" in f.metadata}
-
-
-def parse_value(kind, text: str):
-    """`text` as a field's type; ValueError if it is not one."""
-    kinds = [k for k in typing.get_args(kind) if k is not types.NoneType] or [kind]
-    if kinds[0] is not bool:
-        return kinds[0](text)
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
 
 
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def convert(f: dataclasses.Field, kind: type, text: str):
+    """An option's text as a value of the field; UserError if it cannot be one."""
+    given, limits = f"{option(f.name)} {text}", f.metadata
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", float: "a number"}.get(kind, "a whole number")
+        raise UserError(f"{given}: not {wanted}") from None
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(text, limits["choices"], n=1, cutoff=0.0)[0]
+        raise UserError(f"{given}: no such value; the closest that exists is {near}")
+    low, high = limits.get("low", -math.inf), limits.get("high", 2**31 - 1 if kind is int else math.inf)
+    if kind is not str and not low <= value <= high:
+        raise UserError(f"{given}: must be at least {low} and at most {high}")
+    return value
+
+
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings that the command line asks for, and whether it is a --dry-run."""
-    fields = scalar_fields()
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="record")
     preset = first.parse_known_args(arguments)[0].preset
@@ -2330,52 +2474,26 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    for owner, title in ((Settings, f"run (defaults of {preset})"), (ModelConfig, f"model (defaults of {preset})")):
-        group = parser.add_argument_group(title)
-        for name, (its, f) in fields.items():
-            if its is owner:
-                default = getattr(settings if owner is Settings else settings.model, name)
-                shown = f" (default: {default})" if default not in (None, "") else ""
-                kind = next(k for k in (typing.get_args(f.type) or (f.type,)))
-                option = "--" + name.replace("_", "-")
-                text = f.metadata["help"].replace("%", "%%") + shown
-                group.add_argument(option, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+    names: dict[type, list[str]] = {}
+    for owner, holder, title in ((Settings, settings, "run"), (ModelConfig, settings.model, "model")):
+        group = parser.add_argument_group(f"{title} (defaults of {preset})")
+        fields = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
+        names[owner] = [f.name for f in fields]
+        for f in fields:
+            kind, default = (typing.get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
+            shown = f" (default: {default})" if default not in (None, "") else ""
+            flag = {"nargs": "?", "const": True} if kind is bool else {}
+            text = f.metadata["help"].replace("%", "%%") + shown
+            how = {"metavar": kind.__name__.upper(), "default": argparse.SUPPRESS, "help": text, **flag}
+            group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = ["--preset", "--dry-run", *("--" + name.replace("_", "-") for name in fields)]
+        options = ["--preset", "--dry-run", *(option(name) for each in names.values() for name in each)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
         raise UserError(f"unknown option {unknown[0]}; the closest that exists is {near[0]} (--help lists all)")
-    changes: dict[type, dict] = {Settings: {}, ModelConfig: {}}
-    for name, text in vars(parsed).items():
-        if name in fields:
-            owner, f = fields[name]
-            changes[owner][name] = checked_value(name, f.type, text)
-    settings = replace(settings, model=replace(settings.model, **changes[ModelConfig]), **changes[Settings])
+    given = {owner: {k: v for k, v in vars(parsed).items() if k in names[owner]} for owner in names}
+    settings = replace(settings, model=replace(settings.model, **given[ModelConfig]), **given[Settings])
     return (with_steps(settings, settings.steps) if settings.steps is not None else settings), parsed.dry_run
-
-
-CHOICES = {"dtype": ("auto", "bfloat16", "float32")}
-# The least and the largest value that makes sense, where nonsense would not be noticed otherwise.
-COUNTS = ("steps epochs slices dim heads vocab_size bigram_rows bigram_dim momentum_warmup momentum_cooldown").split()
-COUNTS += ["val_tokens", "val_seq_len", "val_every", "val_short_window", "val_long_window"]
-RANGES = dict.fromkeys(COUNTS, (1, 2**31 - 1)) | {"seed": (0, 2**63 - 1), "cooldown": (0.001, 1), "bos_id": (0, 65535)}
-
-
-def checked_value(name: str, kind, text: str):
-    """The value that the option `name` gives; UserError if it cannot be one."""
-    option = f"--{name.replace('_', '-')} {text}"
-    try:
-        value = parse_value(kind, text)
-    except ValueError:
-        wanted = "true or false" if kind is bool else "a number" if kind is float else "a whole number"
-        raise UserError(f"{option}: not {wanted}") from None
-    if name in CHOICES and value not in CHOICES[name]:
-        near = difflib.get_close_matches(text, CHOICES[name], n=1, cutoff=0.0)[0]
-        raise UserError(f"{option}: no such value; the closest that exists is {near}")
-    low, high = RANGES.get(name, (-math.inf, math.inf))
-    if kind is not str and not low <= value <= high:
-        raise UserError(f"{option}: must be at least {low} and at most {high}")
-    return value
 
 
 def main(arguments: list[str]) -> int:
@@ -2384,28 +2502,21 @@ def main(arguments: list[str]) -> int:
     try:
         settings, dry_run = parse_arguments(arguments)
         world = find_world()
-        if dry_run:
-            if world.rank == 0:
-                print_plan(settings, world)
-        else:
+        if not dry_run:
             train(settings, world, stop)
+        elif world.rank == 0:
+            print_plan(settings, world)
         return 0
     except UserError as error:
         complain(str(error))
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # torchrun ends all ranks with the first: leave rank 0 the time to say why
-        return 2
-    except NotFinite as error:
-        complain(str(error))
-        return 3
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        let_rank_0_speak()
+        return error.status
+    except (MemoryError, RuntimeError) as error:  # CUDA's want of memory is one, and so is a rank that has gone
+        let_rank_0_speak()
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         complain(out_of_memory(settings, world.size))
         return 2
-    except Stopped as error:
-        complain(f"stopped by {signal.Signals(error.signum).name}")
-        return 128 + error.signum
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """What each technique is worth: trains `tiny` with each one switched off, and writes the table of differences.
 
-    python bench/ablate.py [--steps 120] [--seeds 3] [--out records/ablation]
+    python bench/ablate.py [--steps 80] [--seeds 3] [--out records/ablation]
 
 Each variant is one flag of train_gpt.py. Runs that differ only in it share their seeds, so the table gives the mean of
 the paired differences with a 95 % interval of Student's t. A run whose log is complete is not run again: stop it and
@@ -100,7 +100,7 @@ def table(out: Path, seeds: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=120, help="steps of each run (default: 120)")
+    parser.add_argument("--steps", type=int, default=80, help="steps of each run (default: 80)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "records" / "ablation", help="where the logs and table go")
     parser.add_argument("--table", action="store_true", help="only write the table, from the logs there are")

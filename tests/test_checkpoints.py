@@ -1,0 +1,317 @@
+"""Checkpoints: a run that is stopped, killed or moved to other ranks and resumed is the run that never stopped."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_distributed
+import train_gpt as program
+from test_command_line import (  # noqa: F401 (fixtures)
+    assert_line,
+    command,
+    data,
+    launcher,
+    log_lines,
+    small,
+)
+
+# Writes every number of the log with all its digits, too.
+EXACT = """
+import json
+def exactly(original, self, step, kind, loss, *args):
+    if self.file:
+        with open("exact.jsonl", "a") as file:
+            file.write(json.dumps([step, kind, loss]) + "\\n")
+    return original(self, step, kind, loss, *args)
+wrap(train_gpt.Log, "loss", exactly)
+"""
+RUN = ("--steps", "12", "--val-every", "4", "--checkpoint-last")
+
+
+def exact(folder: Path) -> dict:
+    """The losses by step and kind, with all their digits; of a step that was done twice, both."""
+    losses = {}
+    for line in (folder / "exact.jsonl").read_text().splitlines():
+        step, kind, loss = json.loads(line)
+        losses.setdefault((step, kind), set()).add(loss)
+    return losses
+
+
+def flat(state, path=()):
+    """The leaves of a checkpoint by their path."""
+    if isinstance(state, dict):
+        return {leaf: value for key, each in state.items() for leaf, value in flat(each, (*path, key)).items()}
+    return {path: state}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Everything but the settings and the time is equal bit for bit."""
+    states = [flat(torch.load(path, weights_only=True)) for path in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states[1][key]), key
+        elif key[0] not in ("settings", "train_time_ms"):
+            assert value == states[1][key], key
+
+
+@pytest.fixture
+def folders(tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, launcher, data):  # noqa: F811
+    """A run of 12 steps that never stopped, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("whole")
+    from test_command_line import MAIN, MODEL, SMALL, VALIDATION
+
+    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, *RUN, "--run-id", "whole", "--checkpoint-every", "1")
+    assert launcher.start(SMALL + EXACT + MAIN, *options, cwd=folder).wait().returncode == 0
+    return folder
+
+
+def checkpoint(whole: Path, step: int) -> Path:
+    return whole / "logs" / f"whole_step{step:06}.pt"
+
+
+# At 3 and 9, gradients wait for Adam; embed is untied on the way from 9 to 11.
+@pytest.mark.parametrize("step", [3, 4, 9, 11])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(step, whole, small, folders):  # noqa: F811
+    folder = folders("resumed")
+    result = small(*RUN, "--run-id", "again", "--resume", checkpoint(whole, step), before=EXACT, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    expected = {key: loss for key, loss in exact(whole).items() if key[0] > step}
+    assert exact(folder) == expected
+    assert_same_state(folder / "logs" / "again_step000012.pt", checkpoint(whole, 12))
+    lines = log_lines(folder)
+    assert lines[0] == f"resumed from {checkpoint(whole, step)} after step {step}"
+    # The clock is carried on: it never runs backwards, from the time in the checkpoint on.
+    times = [int(line.split("train_time:")[1].split("ms")[0]) for line in lines if "train_time" in line]
+    assert times == sorted(times)
+    assert times[0] >= int(torch.load(checkpoint(whole, step), weights_only=True)["train_time_ms"])
+
+
+def test_checkpoint_of_the_last_step_only_validates(whole, small, folders):  # noqa: F811
+    folder = folders("resumed")
+    assert small(*RUN, "--resume", checkpoint(whole, 12), before=EXACT, cwd=folder).returncode == 0
+    assert exact(folder) == {(12, "val_loss"): exact(whole)[12, "val_loss"]}
+
+
+def test_all_checkpoints_are_kept_and_named_after_run_and_step(whole):
+    assert sorted(path.name for path in (whole / "logs").iterdir()) == [
+        "whole.txt", *(f"whole_step{step:06}.pt" for step in range(1, 13)),
+    ]  # fmt: skip
+
+
+def test_checkpoints_are_written_outside_the_clock(small, folders):  # noqa: F811
+    slow = "wrap(train_gpt, 'save_checkpoint', lambda original, *args: (time.sleep(2), original(*args)))\n"
+    folder = folders("slow")
+    assert small("--steps", "4", "--checkpoint-every", "1", before=slow, cwd=folder).returncode == 0
+    last = next(line for line in log_lines(folder) if line.startswith("step:4/4 val_loss"))
+    assert int(last.split("train_time:")[1].split("ms")[0]) < 6000 < 4 * 2000
+
+
+def test_stopped_run_writes_a_checkpoint_that_goes_on(whole, small, folders):  # noqa: F811
+    stop = """
+calls = []
+def stopping(original, *args):
+    calls.append(0)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args)
+def around(original, *args):
+    wrap(train_gpt, "train_step", stopping)
+    return original(*args)
+wrap(train_gpt, "loop", around)
+"""
+    folder = folders("stopped")
+    options = (*RUN, "--checkpoint-every", "100")
+    result = small(*options, "--run-id", "first", before=EXACT + stop, cwd=folder)
+    assert_line(result, "SIGTERM", status=143)
+    assert (folder / "logs" / "first_step000005.pt").exists()
+    assert log_lines(folder)[-1] == "stopped by a signal after step 5"
+    again = ("--run-id", "second", "--resume", "logs/first_step000005.pt")
+    assert small(*options, *again, before=EXACT, cwd=folder).returncode == 0
+    assert exact(folder) == exact(whole)
+    assert_same_state(folder / "logs" / "second_step000012.pt", checkpoint(whole, 12))
+
+
+def test_without_checkpoints_nothing_is_written(small, folders):  # noqa: F811
+    folder = folders("none")
+    assert small("--steps", "4", cwd=folder).returncode == 0
+    assert not list(folder.rglob("*.pt"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints that are refused
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def damages(content: bytes):
+    rng = random.Random(0)
+    yield b""
+    yield content[: len(content) // 2]
+    yield content[:-1]
+    for _ in range(6):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        yield bytes(flipped)
+
+
+def test_damaged_checkpoint_is_refused_before_the_run_starts(whole, small, folders):  # noqa: F811
+    folder = folders("damaged")
+    for content in damages(checkpoint(whole, 4).read_bytes()):
+        (folder / "damaged.pt").write_bytes(content)
+        try:
+            program.load_checkpoint(str(folder / "damaged.pt"))
+        except program.UserError as error:
+            assert "damaged.pt: damaged" in str(error)
+        else:  # bits that nothing reads: fill between records
+            assert_same_state(folder / "damaged.pt", checkpoint(whole, 4))
+    (folder / "damaged.pt").write_bytes(checkpoint(whole, 4).read_bytes()[:-1])
+    assert_line(small("--resume", "damaged.pt", cwd=folder), "damaged.pt", "damaged")
+    assert_line(small("--resume", "none.pt", cwd=folder), "none.pt", "No such file")
+    assert not (folder / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--dim", "48"], ["another model", "dim is 32", "48"]),
+        (["--smear", "false"], ["another model", "smear is True", "False"]),
+        (["--muon", "false"], ["--muon true"]),
+        (["--steps", "4"], ["step 5", "4 steps"]),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused_with_the_field_that_differs(options, words, whole, small, folders):  # noqa: F811
+    folder = folders("refused")
+    result = small("--steps", "12", "--resume", checkpoint(whole, 5), *options, cwd=folder)
+    assert_line(result, *words)
+    assert not list(folder.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+# ----------------------------------------------------------------------------------------------------------------------
+
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # as on a full disk, writes beyond it fail
+"""
+
+
+def test_full_disk_while_saving_leaves_earlier_checkpoints_and_the_run_goes_on(whole, small, folders):  # noqa: F811
+    folder = folders("full")
+    limit = checkpoint(whole, 4).stat().st_size // 2
+    assert limit > 2 * len(Path(program.__file__).read_bytes())
+    result = small("--steps", "12", "--checkpoint-every", "4", before=FULL.format(limit=limit), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    lines = log_lines(folder)
+    assert sum(line.startswith("checkpoint not written: logs/") for line in lines) == 3
+    assert [path.suffix for path in (folder / "logs").iterdir()] == [".txt"]
+    assert any(line.startswith("step:12/12 val_loss") for line in lines)
+
+
+def test_full_disk_while_logging_ends_the_run_with_a_line(small, folders):  # noqa: F811
+    folder = folders("full")
+    limit = len(Path(program.__file__).read_bytes()) + 4096
+    result = small("--steps", "400", "--epochs", "99", before=FULL.format(limit=limit), cwd=folder)
+    assert_line(result, "logs/", "cannot be written")
+
+
+@pytest.mark.parametrize("fault", ["changes", "vanishes"])
+def test_shard_that_changes_or_vanishes_during_the_run_is_named(fault, small, data, folders):  # noqa: F811
+    folder = folders("fault")
+    for path in data.glob("x_train_*.bin"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    act = "path.unlink()" if fault == "vanishes" else "path.write_bytes(path.read_bytes()[:-2])"
+    before = f"""
+from pathlib import Path
+def around(original, *args):
+    path = Path("x_train_000002.bin")
+    {act}
+    return original(*args)
+wrap(train_gpt, "loop", around)
+"""
+    result = small("--steps", "56", "--train-files", "x_train_*.bin", before=before, cwd=folder)
+    assert_line(result, "x_train_000002.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks
+# ----------------------------------------------------------------------------------------------------------------------
+
+start, files = test_distributed.start, test_distributed.files
+
+
+@pytest.mark.parametrize("step", [10, 15])  # at 15 gradients wait for Adam
+def test_checkpoint_of_4_ranks_goes_on_on_1_and_2(step, start, folders):  # noqa: F811
+    options = ("--steps", "35", "--epochs", "9", "--checkpoint-every", "5", "--run-id")
+    four = folders("four")
+    for running in start(4, four, *options, "four", before=EXACT):
+        assert running.wait().returncode == 0
+    expected = exact(four)
+    for world_size in 1, 2:
+        folder = folders(f"{world_size}")
+        path = four / "logs" / f"four_step{step:06}.pt"
+        for running in start(world_size, folder, *options, "more", "--resume", path, before=EXACT):
+            result = running.wait()
+            assert result.returncode == 0, result.stderr
+        losses = exact(folder)
+        assert len(losses) >= 20
+        for key, (loss,) in losses.items():
+            assert loss == pytest.approx(*expected[key], abs=1e-5), key
+
+
+def test_kill_of_one_rank_ends_the_others_with_a_message(start, launcher, files, tmp_path):  # noqa: F811
+    from test_command_line import MAIN, SMALL, VALIDATION
+
+    (tmp_path / "script.py").write_text(
+        SMALL + "open(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n" + MAIN
+    )
+    options = ("--preset", "tiny", *test_distributed.MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
+    torchrun = Path(torch.distributed.run.__file__)
+    arguments = ("--standalone", "--nproc_per_node=2", tmp_path / "script.py", *options)
+    running = launcher.start(torchrun, *arguments, cwd=tmp_path)
+    assert running.wait_for("step:3/400 train_loss")
+    begin = time.monotonic()
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    result = running.wait(60)
+    assert time.monotonic() - begin < 60
+    assert result.returncode != 0 and "SIGKILL" in result.stderr or "Signal 9" in result.stderr
+
+
+@pytest.mark.slow
+def test_run_killed_at_ten_random_moments_ends_with_the_undisturbed_loss(small, folders):  # noqa: F811
+    options = ("--steps", "120", "--epochs", "20", "--val-every", "40", "--checkpoint-every", "7", "--checkpoint-last")
+    undisturbed, folder = folders("undisturbed"), folders("killed")
+    assert small(*options, before=EXACT, cwd=undisturbed).returncode == 0
+    rng, resume, kills = random.Random(0), (), 0
+    for attempt in range(1000):
+        running = small(*options, "--run-id", f"{attempt}", *resume, before=EXACT, cwd=folder, wait=False)
+        if kills < 10:
+            running.wait_for(rf"step:{rng.randint(12 * kills, 12 * kills + 12)}/120 train_loss", seconds=60)
+            time.sleep(rng.random() / 10)
+            running.kill(signal.SIGKILL)
+            kills += 1
+        result = running.wait()
+        saved = sorted(folder.glob("logs/*_step*.pt"), key=lambda path: int(path.stem[-6:]))
+        resume = ("--resume", saved[-1]) if saved else ()
+        if result.returncode == 0:
+            break
+    assert kills == 10
+    assert exact(folder) == exact(undisturbed)  # a step done twice has one loss
+    last = sorted(undisturbed.glob("logs/*_step000120.pt"))
+    assert_same_state(last[0], sorted(folder.glob("logs/*_step000120.pt"))[0])

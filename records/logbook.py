@@ -5,6 +5,7 @@
     python records/logbook.py compare LOG... --vs LOG...          difference of two sets of runs
     python records/logbook.py plot LOG... --out FILE.png          loss against steps and against time
     python records/logbook.py extract LOG --out train.py          the script, byte for byte
+    python records/logbook.py check SCRIPT_OR_LOG                 is it a legal attempt? names what fails, and where
     python records/logbook.py leaderboard [--check]               the tables of records/README.md
 
 It reads train_gpt.py's logs and those of the public leaderboard, of every age, and never guesses: a file or a line that
@@ -19,9 +20,14 @@ import io
 import json
 import math
 import os
+import queue
 import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -742,6 +748,109 @@ def find_script(file) -> tuple[bytes, bool]:
 
 
 # ======================================================================================================================
+# check
+#
+# The work is done by legality.py in a child process, because a script under check may do anything, and with it all that
+# needs PyTorch. It is not a sandbox: a script is run, as training would run it.
+# ======================================================================================================================
+
+CHECKS = ("causal", "normalized", "documents", "validation", "world_size", "warm_up", "compiler")
+# What the presets validate on: tokens, and the files' names.
+STREAMS = {"record": (10_485_760, "fineweb_val_*.bin"), "tiny": (524_288, "sympy_val_*.bin")}
+STARTING = 300  # seconds that PyTorch may take to be imported
+SETTINGS_MARK = re.compile(rb"\nsettings: \{")
+
+
+def check(args) -> int:
+    """Says whether a script, or the script that made a log, is a legal attempt: a line a check of its rules."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise Mistake("this needs tqdm: pip install -r requirements.txt") from None
+    names = [name for name in CHECKS if name in (args.only or CHECKS)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names), leave=False, disable=None) as bar:
+        script, notes = find_checked(args.file, Path(folder))
+        bar.set_description("loading")
+        for name, rule, findings in verdicts(args.file, script, names, Path(folder), args.timeout):
+            findings = (notes if name == "validation" else []) + findings
+            rows.append({"check": name, "ok": not findings, "rule": rule, "findings": findings})
+            if not (args.json or args.markdown):
+                bar.write("{:<11} {:<7} {}".format(*check_cells(rows[-1])).rstrip())
+                sys.stdout.flush()
+            bar.update()
+            bar.set_description(dict(zip(names, names[1:])).get(name))
+    if args.json:
+        print_json(rows)
+    elif args.markdown:
+        print(table(["check", "", "what"], [check_cells(row) for row in rows], {0, 1, 2}, True))
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def check_cells(row: dict) -> list[str]:
+    findings = row["findings"]
+    more = " (and more)" if len(findings) > 1 else ""
+    return [row["check"], "ok" if row["ok"] else "FAILED", findings[0] + more if findings else row["rule"]]
+
+
+def find_checked(file: str, folder: Path) -> tuple[Path, list[str]]:
+    """The script to check, which of a log is put into `folder`; and what of a log's settings is not as it must be."""
+    with open_log(file) as opened:
+        if file.endswith(".py"):
+            return Path(file).resolve(), []
+        (folder / "train_gpt.py").write_bytes(find_script(opened)[0])
+        notes = []
+        opened.seek(max((end for _, end, _ in find_sources(opened).proved), default=0))
+        for _, line, _ in marked_lines(opened, SETTINGS_MARK):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                settings = json.loads(line.partition(b": ")[2])
+                given = settings["val_tokens"], Path(settings["val_files"]).name
+                if given != (right := STREAMS.get(settings["preset"], given)):
+                    notes.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right))
+        return folder / "train_gpt.py", notes
+
+
+def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: float):
+    """Yields (check, rule, findings) as they come. Mistake if the script cannot be checked or is not loaded in time."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    command = [sys.executable, str(RECORDS / "legality.py"), str(script), *names]
+    with open(folder / "stderr", "w+", errors="replace") as stderr:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr}
+        child = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+        lines = queue.SimpleQueue()
+        threading.Thread(target=lambda: [*map(lines.put, child.stdout), lines.put(b"")], daemon=True).start()
+
+        def answer(patience: float) -> dict | str:
+            """What the child says next, or why it says nothing."""
+            try:
+                line = lines.get(timeout=patience)
+            except queue.Empty:
+                return f"not done after {patience:g} s"
+            return json.loads(line) if line else f"the process ended, with status {child.wait()}"
+
+        try:
+            if isinstance(answer(STARTING), str):
+                stderr.seek(0)
+                raise Mistake(
+                    f"{' '.join(stderr.read().splitlines()[-1:])} (check needs pip install -r requirements.txt)"
+                )
+            loaded = answer(seconds)
+            if problem := f"importing it: {loaded}" if isinstance(loaded, str) else loaded.get("problem"):
+                raise Mistake(f"{file}: {problem}")
+            for i, name in enumerate(names):
+                given = answer(seconds)
+                if isinstance(given, str):
+                    yield from ((name, None, [given if name == names[i] else "not reached"]) for name in names[i:])
+                    return
+                yield name, given["rule"], given["findings"]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # and the runs that it has started
+            child.wait()
+
+
+# ======================================================================================================================
 # plot
 # ======================================================================================================================
 
@@ -872,7 +981,7 @@ def draw(matplotlib, drawn: list[Curve], target: float):
     labels = [legend_text(curve) for curve in drawn]
     figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(drawn)), frameon=False, handlelength=4)
     if any(len(curve.runs) > 1 for curve in drawn) and visible[by_time] and corner_is_free(by_time):
-        draw_ends(by_time.inset_axes([0.6, 0.5, 0.39, 0.42]), drawn, target, unit_ms)
+        draw_ends(by_time.inset_axes([0.6, 0.5, 0.39, 0.42]), drawn, target, unit, unit_ms)
     return figure
 
 
@@ -928,7 +1037,7 @@ def draw_target(axes, target: float) -> None:
     axes.annotate(f"target {target:g}", xytext=(-3, -7), ha="right", va="top", color="0.3", fontsize=9, **place)
 
 
-def draw_ends(axes, drawn: list[Curve], target: float, unit_ms: float) -> None:
+def draw_ends(axes, drawn: list[Curve], target: float, unit: str, unit_ms: float) -> None:
     """A dot for the time and loss at which each run ended: the spread, which the curves are too steep to show."""
     for index, curve in enumerate(drawn):
         times = [time / unit_ms for time in curve.points("times_ms")[-1]]
@@ -937,7 +1046,7 @@ def draw_ends(axes, drawn: list[Curve], target: float, unit_ms: float) -> None:
     low, high = axes.get_ylim()
     if low - (high - low) < target < high + (high - low):
         axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
-    axes.set_title("Where each run ended", fontsize=9, loc="left")
+    axes.set_title(f"Each run's end ({unit}, nats)", fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
     axes.ticklabel_format(useOffset=False)
     axes.locator_params(nbins=5)
@@ -1036,14 +1145,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def loss_value(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a loss")
-    return value
+def positive(what: str):
+    """Reads a number above 0; the error of any other text says that it is not `what`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return read
 
 
 def command_line() -> Parser:
@@ -1065,7 +1179,11 @@ def command_line() -> Parser:
 
     def add_target(command):
         command.add_argument(
-            "--target", type=loss_value, default=TARGET, metavar="LOSS", help=f"loss to reach (default {TARGET})"
+            "--target",
+            type=positive("a loss"),
+            default=TARGET,
+            metavar="LOSS",
+            help=f"loss to reach (default {TARGET})",
         )
 
     made = command(show)
@@ -1093,6 +1211,13 @@ def command_line() -> Parser:
     made = command(extract)
     made.add_argument("log", metavar="LOG")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the script")
+
+    made = command(check)
+    made.add_argument("file", metavar="SCRIPT_OR_LOG", help="a script's name ends in .py")
+    made.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"of {', '.join(CHECKS)}")
+    patience = {"type": positive("a time"), "default": 300, "metavar": "SECONDS"}
+    made.add_argument("--timeout", **patience, help="what loading, or a check, may take (default 300)")
+    add_formats(made)
 
     made = command(leaderboard)
     made.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")

@@ -767,11 +767,13 @@ def check(args) -> int:
         from tqdm import tqdm
     except ImportError:
         raise Mistake("this needs tqdm: pip install -r requirements.txt") from None
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))  # the child is ended, too
     names = [name for name in CHECKS if name in (args.only or CHECKS)]
     rows = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names), leave=False, disable=None) as bar:
         script, notes = find_checked(args.file, Path(folder))
-        bar.set_description("loading")
+        bar.set_description(f"loading, then {names[0]}")
         for name, rule, findings in verdicts(args.file, script, names, Path(folder), args.timeout):
             findings = (notes if name == "validation" else []) + findings
             rows.append({"check": name, "ok": not findings, "rule": rule, "findings": findings})

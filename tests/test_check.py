@@ -5,13 +5,18 @@ A cheat is a copy of train_gpt.py in which short snippets are replaced. Most are
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 import legality
 import logbook as program
-from test_command_line import ROOT, SCRIPT, command, data, launcher, only_log, small  # noqa: F401 (fixtures)
+from test_command_line import LOGBOOK, ROOT, SCRIPT, command, data, launcher, only_log, small  # noqa: F401 (fixtures)
 from test_logbook import header, logbook, mistake, write
 
 LEGALITY = ROOT / "records" / "legality.py"
@@ -263,9 +268,37 @@ def test_what_is_no_script_is_a_mistake(tmp_path):
     assert "'-1' is not a time" in mistake("check", SCRIPT, "--timeout", "-1")
 
 
-def test_script_that_hangs_is_a_mistake_in_one_line(tmp_path):
-    script = write(tmp_path / "hangs.py", "import time\ntime.sleep(1000)\n")
-    assert mistake("check", script, "--timeout", "1") == f"logbook: {script}: importing it: not done after 1 s"
+@pytest.fixture
+def hanging(tmp_path):
+    """A script that writes down its process and hangs, and whether that process is still there."""
+    written = tmp_path / "process"
+
+    def is_there():
+        try:
+            os.kill(int(written.read_text()), 0)
+            return True
+        except (FileNotFoundError, ValueError, ProcessLookupError):
+            return False
+
+    text = f"import os, time\nopen({str(written)!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
+    return write(tmp_path / "hangs.py", text), is_there, written
+
+
+def test_script_that_hangs_is_ended_and_a_mistake_in_one_line(hanging):
+    script, is_there, written = hanging
+    assert mistake("check", script, "--timeout", "3") == f"logbook: {script}: importing it: not done after 3 s"
+    assert written.exists() and not is_there()
+
+
+def test_script_ends_with_a_check_that_is_ended(hanging):
+    script, is_there, _ = hanging
+    running = subprocess.Popen([sys.executable, LOGBOOK, "check", script])
+    while not is_there():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(30) == 128 + signal.SIGTERM
+    assert not is_there()
 
 
 def test_script_that_ends_the_process_fails_the_check_and_those_after_it_are_not_reached(tmp_path):

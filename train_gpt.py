@@ -1095,6 +1095,7 @@ def gated_skip(x: Tensor, skipped: Tensor, x0: Tensor, strength: Tensor, gate: T
     return x + torch.sigmoid(strength) * 2 * torch.sigmoid(x0[:, :12] @ gate)[:, None] * skipped
 
 
+VAL_CHUNK = 4096  # rows of logits at a time in validation
 MUDD_HIDDEN, MUDD_LAYER, MUDD_END = 64, 14, 5  # width; coefficients before the layer, and after the last one
 
 
@@ -1130,6 +1131,7 @@ class GPT(nn.Module):
         self.xsa_layers = config.which(lambda row: row.xsa)
         self.value_layers = config.which(lambda row: row.value_embed is not None)
         self.mudd_layers = config.which(lambda row: row.mudd)
+        self.named = {n for row in rows for n in (row.reads, row.skip)} | set(config.mudd_sources or ())
         self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
         def add(name: str, *shape: int, value: Tensor | None = None) -> None:
@@ -1193,7 +1195,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """Cross-entropy in nats of each token (T,), float32, the head computed in chunks to bound memory."""
-        chunks = zip(self.stream(inputs, context).split(16_384), targets.split(16_384))
+        chunks = zip(self.stream(inputs, context).split(VAL_CHUNK), targets.split(VAL_CHUNK))
         return torch.cat([token_losses(x, self.lm_head, y) for x, y in chunks])
 
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
@@ -1215,7 +1217,7 @@ class GPT(nn.Module):
             bigram = bigram_embedding(inputs, begins, self.bigram_table, self.bigram_signs)
             x = add_channels(x, mixes[0].bigram * bigram)
         values = self.value_rows(inputs)
-        start, after = x, []  # the stream at the start, and after each layer
+        start, after = x, {}  # the stream at the start, and after the layers that others name
 
         for i, layer in enumerate(self.rows):
             mix, origin, added = mixes[i], x0, None
@@ -1232,7 +1234,8 @@ class GPT(nn.Module):
                 y = self.attention(i, a, added, begins, next(weights), mask, context)
                 x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
             x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post, fp8)
-            after.append(x)
+            if i in self.named:
+                after[i] = x
         if self.mudd_layers:
             first, second, third = (after[i] for i in config.mudd_sources)
             sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
@@ -2232,6 +2235,17 @@ def compiles() -> bool:
         return False
 
 
+def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
+    """Model, what computes its training objective, and optimizer, the same on all ranks."""
+    dtype = choose_dtype(settings, world.device)
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
+    world.broadcast(model)
+    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
+    objective = torch.compile(model, dynamic=False, fullgraph=True) if world.device.type == "cuda" else model
+    return model, objective, Optimizer(model, settings, world.rank, world.size)
+
+
 def train(settings: Settings, world: World, stop: StopSignal) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
     device, dtype = world.device, choose_dtype(settings, world.device)
@@ -2239,19 +2253,13 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
     checkpoint = find_checkpoint(settings, dtype) if settings.resume else None
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
-    torch.manual_seed(settings.seed)
-    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, device, dtype)).to(device)
-    optimizer = Optimizer(model, settings, world.rank, world.size)
-
     join_processes(world)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
-        world.broadcast(model)
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
             log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
-        # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
-        objective = torch.compile(model, dynamic=False, fullgraph=True) if device.type == "cuda" else model
+        model, objective, optimizer = build(settings, world)
         log.say(f"warm-up: compiling for {dtype} on {device.type}")
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
@@ -2424,15 +2432,16 @@ def print_plan(settings: Settings, world: World) -> None:
 
 
 def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
-    """Bytes of a process, roughly: weights, gradients and optimizer state, and one slice's activations."""
+    """Bytes of a process, roughly: weights, gradients, optimizer state, and activations of a slice or of validation."""
     config = settings.model
     weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
     state = sum(4 * p.numel() * (1.5 if name in MUON_TABLE else 2) for name, p in model.named_parameters())
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.
-    activations = length * item * (20 * config.dim * len(config.layers) + 3 * config.padded_vocab)
-    return int(weights + state / world_size + activations)
+    training = length * item * (20 * config.dim * len(config.layers) + 3 * config.padded_vocab)
+    validation = settings.val_seq_len * item * 12 * config.dim + VAL_CHUNK * (item + 8) * config.padded_vocab
+    return int(weights + state / world_size + max(training, validation))
 
 
 class Parser(argparse.ArgumentParser):

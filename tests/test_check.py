@@ -95,7 +95,7 @@ def test_later_token_that_changes_an_earlier_loss_in_training_alone_is_caught(ca
 
 def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
     loss, chunk = "z.logsumexp(-1) - z.gather", "token_losses(x, self.lm_head, y) for x"
-    stream = "self.stream(inputs, context).split(16_384)"
+    stream = "self.stream(inputs, context).split(VAL_CHUNK)"
     cheats = {
         "a head without the normalizer": [(loss, "20 - z.gather")],
         "a softmax over a part of the vocabulary": [(loss, "z[:, 1:].logsumexp(-1) - z.gather")],

@@ -4,9 +4,13 @@ Each rank of a run is a process of its own that calls `main`, with a few functio
 where torchrun itself matters is it used: it takes seconds to start.
 """
 
+import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import torch
 import torch.distributed.run
 
 import shards
-from test_command_line import MAIN, RULE, SMALL, VALIDATION, random_documents, shared_launcher
+from test_command_line import MAIN, ROOT, RULE, SMALL, VALIDATION, random_documents, shared_launcher
 
 # 48 is a multiple of 2, 3 and 4; with 3 processes every bank is padded.
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "48", "--heads", "2", "--bigram-dim", "16")
@@ -362,3 +366,34 @@ def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, torchrun, 
     steps = [(tmp_path / f"steps_{rank}").stat().st_size for rank in (0, 1)]
     assert steps[0] == steps[1] and 3 <= steps[0] <= 12
     assert_whole_log(tmp_path, steps[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several nodes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_nodes_have_the_losses_of_one_with_as_many_processes(files, tmp_path):
+    """Two agents that meet over the loopback, through run.sh."""
+
+    def node(name, **environment):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("run.sh", "setup.sh", "train_gpt.py", "requirements.txt"):
+            shutil.copy(ROOT / file, folder)
+        options = ("--preset", "tiny", *MODEL, *VALIDATION, *map(str, files), "--steps", "4")
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.Popen(["bash", folder / "run.sh", *options], env=environment, stderr=subprocess.PIPE)
+
+    address = {"NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    nodes = [node(f"node{rank}", NODE_RANK=str(rank), **address) for rank in range(2)]
+    for each in nodes:
+        _, errors = each.communicate(timeout=300)
+        assert each.returncode == 0, errors.decode()
+    assert node("one", NPROC="2").wait(300) == 0
+    losses = {}
+    for log in tmp_path.glob("*/logs/*.txt"):
+        losses[log.parent.parent.name] = re.findall(r"^step:(\d+)/4 (\w+:\S+)", log.read_text(), re.MULTILINE)
+    assert set(losses) == {"node0", "one"}
+    assert losses["node0"] == losses["one"] and len(losses["one"]) >= 6

@@ -1,0 +1,110 @@
+"""Times a training step in each stage of a preset, and how long the first one takes to come.
+
+    python bench/step_time.py --preset tiny [--measure 20] [any option of train_gpt.py]
+
+It needs the preset's training shards. The floor is the arithmetic of a step (FLOPs from the settings) at the speed of a
+large matrix product, measured on the same device.
+"""
+
+import argparse
+import time
+
+BEGIN = time.perf_counter()
+
+import sys  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt  # noqa: E402
+
+WARM = 4  # steps of a stage that are not measured
+
+
+class Runner:
+    """Model, optimizer and data of one process."""
+
+    def __init__(self, settings: train_gpt.Settings, world: train_gpt.World):
+        self.settings, self.world = settings, world
+        if not settings.compile or not train_gpt.compiles():
+            torch.compiler.set_stance("force_eager")
+        self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
+        train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
+        self.paths = train_gpt.find_shards(settings.train_files, settings.preset)
+
+    def steps(self, number: int, count: int):
+        """Takes `count` steps as in a stage, given by its number; yields after each."""
+        settings, world = self.settings, self.world
+        stage = settings.all_stages[number]
+        first = sum(each.steps for each in settings.all_stages[:number])
+        hyper, own = train_gpt.schedule(settings, first), settings.slices // world.size
+        alone = replace(settings, stages=(replace(stage, steps=count),), extension=replace(stage, steps=1))
+        plan, _ = train_gpt.plan_batches(alone, self.paths)
+        device = world.device
+        rotary, length = train_gpt.rotary_state(settings, first), stage.batch_tokens // settings.slices
+        context = train_gpt.make_context(settings.model, length, stage.windows, self.model.embed, rotary)
+        context = context._replace(mtp=torch.tensor(hyper.mtp, device=device))
+        slices = range(world.rank * own, (world.rank + 1) * own)
+        batches = train_gpt.prefetch(train_gpt.training_batches(plan[:count], settings.model, slices))
+        for step, tokens in enumerate(batches):
+            if self.optimizer.sparse:
+                self.optimizer.touched.append(train_gpt.touched_rows(tokens, settings.model))
+            tokens = tokens.to(device, non_blocking=True)
+            train_gpt.train_step(self.objective, tokens, context, settings.slices)
+            self.optimizer.step(replace(hyper, adam=step % 2 == 1))
+            yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--measure", type=int, default=20, help="steps that are measured in each stage (default: 20)")
+    arguments, rest = parser.parse_known_args()
+    count = max(2, arguments.measure // 2 * 2)  # Adam takes part in every second
+    settings, _ = train_gpt.parse_arguments(rest)
+    world = train_gpt.find_world()
+    cuda = world.device.type == "cuda"
+    train_gpt.check_divisions(settings, world.size)
+    train_gpt.find_shards(settings.train_files, settings.preset)  # says at once if there are none
+    train_gpt.join_processes(world)
+    runner = Runner(settings, world)
+    next(runner.steps(0, 2))
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter() - BEGIN
+    dtype = runner.model.embed.dtype
+    peak = train_gpt.measure_peak(world.device, dtype) * world.size
+    lines = []
+    for number, stage in enumerate(tqdm(settings.all_stages, "stages", disable=None if world.rank == 0 else True)):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        clock = train_gpt.Clock(world.device)
+        for step, _ in enumerate(runner.steps(number, WARM + count), 1):
+            if step == WARM:
+                clock.start()
+        clock.stop()
+        each = clock.total / count
+        speed = stage.batch_tokens / each * 1000
+        share = speed * train_gpt.flops_per_token(settings.model, stage) / peak
+        memory = train_gpt.peak_memory(world.device).split("allocated: ")[1].split(" reserved")[0]
+        name = "extension" if number == len(settings.stages) else number + 1
+        lines.append(f"| {name} | {stage.batch_tokens:,} | {each:.1f} | {speed:,.0f} | {share:.0%} | {memory} |")
+    if world.rank == 0:
+        print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")
+        print(f"first step after {started:.0f} s; large matrix product {peak / 1e12:.3g} TFLOP/s\n")
+        print("| stage | batch, tokens | ms a step | tokens/s | of the floor's speed | peak memory |")
+        print("|---|---|---|---|---|---|")
+        print("\n".join(lines))
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except train_gpt.UserError as error:
+        print(f"step_time.py: {error}", file=sys.stderr)
+        sys.exit(2)

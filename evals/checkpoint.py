@@ -1,0 +1,74 @@
+"""What the evaluations share: the model of a checkpoint, its tokenizer, and how a script of this folder ends."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt  # noqa: E402
+
+
+@dataclass
+class Checkpoint:
+    """A finished model, and what it takes to run it."""
+
+    settings: train_gpt.Settings
+    step: int
+    model: train_gpt.GPT
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+    @property
+    def bos(self) -> int:
+        return self.settings.model.bos_id
+
+    def context(self, length: int) -> train_gpt.Context:
+        """For sequences of `length` tokens, with the windows of the final validation."""
+        windows, rotary = train_gpt.final_windows(self.settings), train_gpt.rotary_state(self.settings, self.step)
+        return train_gpt.make_context(self.settings.model, length, windows, self.model.embed, rotary)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The capped logits (V,), float32, of what follows tokens (T,); those of the padding are left out."""
+        x = self.model.stream(tokens, self.context(len(tokens)))[-1]
+        return train_gpt.softcap(x @ self.model.lm_head)[: self.settings.model.vocab_size]
+
+
+def load(path: str, device: str = "") -> Checkpoint:
+    """The model of a checkpoint of train_gpt.py, on a GPU where there is one; UserError if it cannot be read."""
+    state = train_gpt.load_checkpoint(path)
+    settings = state["settings"]
+    model = train_gpt.GPT(settings.model, getattr(torch, state["dtype"].removeprefix("torch.")))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(train_gpt.resize(state["model"][name], len(p)))
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Checkpoint(settings, state["step"], model, *tokenizer(settings.model))
+
+
+def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:
+    """encode and decode of the vocabulary that a model was trained on: bytes, or GPT-2's."""
+    if config.vocab_size == 257:
+        return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
+    import tiktoken
+
+    gpt2 = tiktoken.get_encoding("gpt2")
+    return gpt2.encode_ordinary, lambda tokens: gpt2.decode(tokens, errors="replace")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's whole work. Exit status: 0 done, 2 a user's mistake, 130 Ctrl-C."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (train_gpt.UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)

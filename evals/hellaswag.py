@@ -1,0 +1,137 @@
+"""HellaSwag: how often a model finds the true one of four endings likeliest.
+
+    python evals/hellaswag.py --checkpoint logs/x_step001390.pt
+
+An ending's score is the mean (or the sum) of its tokens' losses after the context. The four completions of an item are
+four documents; many are packed into one sequence, and the model's own mask keeps them apart.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+
+UserError = checkpoint.train_gpt.UserError
+
+
+@dataclass
+class Completion:
+    """One item's context and one of its endings, as a document that begins with BOS."""
+
+    item: int
+    ending: int
+    tokens: list[int]
+    first: int  # where the ending begins in `tokens`
+
+
+def read_items(path: str | None) -> list[dict]:
+    """The items, each with `ctx`, `endings` and `label`: from a JSONL file, or the validation split on the hub."""
+    if path is None:
+        return download_items()
+    items = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                wrong = len(item["endings"]) != 4 or int(item["label"]) not in range(4) or not item["ctx"]
+            except (ValueError, KeyError, TypeError):
+                wrong = True
+            if wrong:
+                raise UserError(f"{path}: line {number}: expected an object with ctx, four endings, and label 0 to 3")
+            items.append(item)
+    return items
+
+
+def download_items() -> list[dict]:
+    """The 10,042 items of `Rowan/hellaswag`, kept by the hub's own cache."""
+    try:
+        import pyarrow.parquet
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install -r evals/requirements.txt, or use --data") from None
+    try:
+        path = hf_hub_download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", repo_type="dataset")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"HellaSwag could not be fetched: {reason}; a local JSONL will do: --data FILE") from None
+    return pyarrow.parquet.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()
+
+
+def completions(items: list[dict], model: checkpoint.Checkpoint) -> Iterator[Completion]:
+    for i, item in enumerate(items):
+        context = [model.bos, *model.encode(item["ctx"])]
+        for e, ending in enumerate(item["endings"]):
+            yield Completion(i, e, context + model.encode(" " + ending), len(context))
+
+
+def packed(documents: Iterable[Completion], length: int) -> Iterator[list[Completion]]:
+    """Completions in groups of at most `length` tokens together."""
+    group, used = [], 0
+    for document in documents:
+        size = len(document.tokens)
+        if size > length:
+            raise UserError(f"an item of {size:,} tokens does not fit into --pack {length:,}")
+        if used + size > length:
+            yield group
+            group, used = [], 0
+        group.append(document)
+        used += size
+    if group:
+        yield group
+
+
+def score(groups: Iterable[list[Completion]], model: checkpoint.Checkpoint, length: int) -> Iterator[tuple]:
+    """Yields each completion with the losses (n,) of its ending's tokens. All sequences have `length` tokens."""
+    context = model.context(length)
+    device = model.model.embed.device
+    for group in groups:
+        tokens = [token for document in group for token in document.tokens]
+        tokens += [model.bos] * (length + 1 - len(tokens))
+        tokens = torch.tensor(tokens, device=device)
+        losses = model.model.evaluate(tokens[:-1], tokens[1:], context).cpu()
+        start = 0
+        for document in group:
+            end = start + len(document.tokens)
+            yield document, losses[start + document.first - 1 : end - 1]  # a token's loss stands where it is predicted
+            start = end
+
+
+def accuracies(items: list[dict], scored: Iterable[tuple]) -> tuple[float, float]:
+    """The shares of items whose true ending has the least loss: by mean, and by sum."""
+    mean, total = (torch.full((len(items), 4), math.inf) for _ in range(2))
+    for document, losses in scored:
+        mean[document.item, document.ending] = losses.mean()
+        total[document.item, document.ending] = losses.sum()
+    labels = torch.tensor([int(item["label"]) for item in items])
+    return tuple((each.argmin(1) == labels).double().mean().item() for each in (mean, total))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
+    parser.add_argument("--data", help="a JSONL file of items (default: Rowan/hellaswag from the Hugging Face hub)")
+    parser.add_argument("--items", type=int, help="only the first so many")
+    parser.add_argument("--pack", type=int, default=16_384, help="tokens of a sequence (default: 16,384)")
+    arguments = parser.parse_args()
+    model = checkpoint.load(arguments.checkpoint)
+    items = read_items(arguments.data)[: arguments.items]
+    if not items:
+        raise UserError("there are no items")
+    if model.model.embed.device.type == "cpu" or not checkpoint.train_gpt.compiles():
+        torch.compiler.set_stance("force_eager")
+    scored = score(packed(completions(items, model), arguments.pack), model, arguments.pack)
+    by_mean, by_sum = accuracies(items, tqdm(scored, "completions", total=4 * len(items), disable=None))
+    print(f"HellaSwag, {len(items):,} items, {arguments.checkpoint}:")
+    for how, accuracy in ("mean", by_mean), ("sum", by_sum):
+        error = math.sqrt(accuracy * (1 - accuracy) / len(items))
+        print(f"accuracy by {how} of token losses: {accuracy:.4f} ± {error:.4f} (standard error)")
+
+
+if __name__ == "__main__":
+    checkpoint.run(main)

@@ -1,0 +1,59 @@
+"""Text that a checkpoint's model writes.
+
+python evals/sample.py --checkpoint logs/x_step001390.pt --prompt "The capital of France is"
+"""
+
+import argparse
+
+import torch
+
+import checkpoint
+
+
+def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: float, top_k: int, seed: int):
+    """Yields up to `count` tokens that follow BOS and the prompt; ends early where the model begins a new document.
+
+    `temperature` 0 takes the likeliest token each time; `top_k` 0 is no limit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [model.bos, *model.encode(prompt)]
+    for _ in range(count):
+        logits = model.logits(torch.tensor(tokens, device=model.model.embed.device)).cpu()
+        if top_k:
+            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+        if temperature == 0:
+            token = logits.argmax().item()
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+        if token == model.bos:
+            return
+        tokens.append(token)
+        yield token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
+    parser.add_argument("--prompt", default="", help="the text to go on from (default: the start of a document)")
+    parser.add_argument("--tokens", type=int, default=200, help="the most tokens to write (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="choose among so many tokens, 0 for all (default: 50)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the choices (default: 1)")
+    arguments = parser.parse_args()
+    if arguments.temperature < 0 or arguments.top_k < 0:
+        raise checkpoint.train_gpt.UserError("--temperature and --top-k must not be negative")
+    torch.compiler.set_stance("force_eager")  # every token is another length
+    model = checkpoint.load(arguments.checkpoint)
+    tokens, shown = [], ""
+    print(arguments.prompt, end="", flush=True)
+    chosen = arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed
+    for token in sample(model, arguments.prompt, *chosen):
+        tokens.append(token)
+        text = model.decode(tokens).rstrip("\ufffd")  # a character may take several tokens
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    print()
+
+
+if __name__ == "__main__":
+    checkpoint.run(main)

@@ -1,0 +1,143 @@
+"""Evaluations of a checkpoint: sampling, and HellaSwag packed as one by one."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import hellaswag
+import sample
+import train_gpt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=32, heads=2, bigram_dim=16)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A checkpoint of a random model of bytes."""
+    torch.manual_seed(0)
+    settings = replace(train_gpt.PRESETS["tiny"], model=CONFIG)
+    model = train_gpt.GPT(CONFIG)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    path = tmp_path_factory.mktemp("evals") / "model.pt"
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": "torch.float32"}
+    torch.save({**state, "settings": json.dumps(asdict(settings)), "step": 370}, path)
+    return path
+
+
+ITEMS = [
+    {"ctx": "A man sits", "endings": ["down.", "on a very long bench in the park.", "up", "é."], "label": "1"},
+    {"ctx": "She", "endings": ["runs", "walks home", "sings a song", "x"], "label": 0},
+    {"ctx": "In the kitchen, " * 5, "endings": ["he cooks", "he eats it all", "", "they"], "label": 3},
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return path
+
+
+def one_by_one(model, item, ending):
+    """The losses of an ending's bytes, each from a sequence of its own, through the probabilities."""
+    context, tokens = [256, *item["ctx"].encode()], list((" " + item["endings"][ending]).encode())
+    losses = []
+    for n, token in enumerate(tokens):
+        x = model.model.stream(torch.tensor(context + tokens[:n]), model.context(len(context) + n))[-1]
+        z = 23 * torch.sigmoid((x.double() @ model.model.lm_head.double() + 5) / 7.5)
+        losses.append(-(z[token] - z.logsumexp(0)).item())
+    return losses
+
+
+def test_packed_items_score_as_one_by_one(path):
+    model = checkpoint.load(str(path), "cpu")
+    alone = {}
+    with torch.no_grad():
+        for i, item in enumerate(ITEMS):
+            for e in range(4):
+                alone[i, e] = one_by_one(model, item, e)
+    for length in 128, 1000:
+        groups = list(hellaswag.packed(hellaswag.completions(ITEMS, model), length))
+        assert (len(groups) > 1) == (length == 128)
+        scored = list(hellaswag.score(groups, model, length))
+        assert [(document.item, document.ending) for document, _ in scored] == list(alone)
+        for document, losses in scored:
+            expected = alone[document.item, document.ending]
+            assert losses.tolist() == pytest.approx(expected, abs=1e-4)
+    best = [
+        [min(range(4), key=lambda e, i=i, f=f: f(alone[i, e])) == int(ITEMS[i]["label"]) for i in range(3)]
+        for f in (lambda losses: sum(losses) / len(losses), sum)
+    ]
+    assert hellaswag.accuracies(ITEMS, scored) == pytest.approx([sum(each) / 3 for each in best])
+
+
+def command(script, *arguments):
+    options = [sys.executable, str(ROOT / "evals" / script), *map(str, arguments)]
+    return subprocess.run(options, capture_output=True, text=True)
+
+
+def test_hellaswag_reports_both_accuracies_with_their_standard_errors(path, data):
+    result = command("hellaswag.py", "--checkpoint", path, "--data", data, "--pack", "512")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("HellaSwag, 3 items")
+    for line, how in zip(lines[1:], ("mean", "sum")):
+        words = line.split()
+        assert f"by {how} of" in line
+        accuracy, error = float(words[6]), float(words[8])
+        assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 3), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "no items"),
+        ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}\n', "line 1"),
+        (json.dumps(ITEMS[0]) + "\nnot json\n", "line 2"),
+        (json.dumps({**ITEMS[0], "label": 4}) + "\n", "label 0 to 3"),
+        (json.dumps({**ITEMS[0], "ctx": "a " * 500}) + "\n", "--pack 512"),
+    ],
+)
+def test_bad_items_are_answered_with_a_line(path, data, content, words, monkeypatch, capsys):
+    data.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", "--checkpoint", str(path), "--data", str(data), "--pack", "512"])
+    with pytest.raises(SystemExit) as end:
+        checkpoint.run(hellaswag.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_missing_checkpoint_is_answered_with_a_line(tmp_path):
+    for script in "sample.py", "hellaswag.py":
+        result = command(script, "--checkpoint", tmp_path / "none.pt")
+        assert result.returncode == 2 and "none.pt" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_samples_are_the_same_for_a_seed_and_follow_the_probabilities(path):
+    model = checkpoint.load(str(path), "cpu")
+    texts = [list(sample.sample(model, "def ", 8, 1.0, 0, seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    first = [next(sample.sample(model, "x", 1, 1.0, 3, seed), model.bos) for seed in range(200)]
+    probabilities = model.logits(torch.tensor([model.bos, *b"x"])).softmax(-1)
+    likeliest = probabilities.topk(3)
+    assert set(first) <= set(likeliest.indices.tolist())
+    share = first.count(likeliest.indices[0].item()) / 200
+    assert share == pytest.approx((likeliest.values[0] / likeliest.values.sum()).item(), abs=0.12)
+    greedy = list(sample.sample(model, "x", 4, 0.0, 0, 1))
+    for n, token in enumerate(greedy):
+        assert token == model.logits(torch.tensor([model.bos, *b"x", *greedy[:n]])).argmax()
+
+
+def test_sample_prints_the_prompt_and_what_follows(path):
+    result = command("sample.py", "--checkpoint", path, "--prompt", "import ", "--tokens", "5", "--seed", "3")
+    assert result.returncode == 0 and result.stdout.startswith("import ") and result.stdout.endswith("\n")

@@ -1,0 +1,147 @@
+"""A few thousand random shards, checkpoints and command lines: each ends in success or in one clear line."""
+
+import dataclasses
+import json
+import random
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as program
+
+pytestmark = pytest.mark.slow
+CONFIG = dataclasses.replace(program.PRESETS["tiny"].model, dim=32, heads=2, bigram_dim=16)
+
+
+def assert_line(error: program.UserError, name: str) -> None:
+    assert name in str(error) and "\n" not in str(error) and len(str(error)) < 400
+
+
+def random_shard(rng: random.Random) -> bytes:
+    """A good shard with up to two faults of any kind."""
+    tokens = [256 if rng.random() < 0.1 else rng.randrange(256) for _ in range(rng.choice([0, 1, 7, 300]))]
+    tokens[:1] = [256]
+    header = [20240520, 1, len(tokens), *[0] * 253]
+    for _ in range(rng.randrange(3)):
+        place = rng.choice([0, 1, 2, rng.randrange(256)])
+        header[place] = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), header[place] + rng.randrange(-3, 4), 256])
+        header[place] = max(-(2**31), min(2**31 - 1, header[place]))
+        if tokens and rng.random() < 0.5:
+            tokens[rng.randrange(len(tokens))] = rng.choice([0, 255, 256, 257, 65535])
+    content = struct.pack("<256i", *header) + np.array(tokens, "<u2").tobytes()
+    end = rng.choice([len(content), len(content), rng.randrange(len(content) + 1)])
+    return content[:end] + rng.randbytes(rng.choice([0, 0, 1, 2, 9]))
+
+
+def test_random_shards(tmp_path):
+    rng, path, good = random.Random(0), tmp_path / "fuzz_000001.bin", 0
+    for _ in range(3000):
+        content = random_shard(rng)
+        path.write_bytes(content)
+        try:
+            shard = program.read_shard(str(path), CONFIG)
+        except program.UserError as error:
+            assert_line(error, "fuzz_000001.bin")
+            continue
+        good += 1
+        assert struct.unpack("<3i", content[:12]) == (20240520, 1, len(shard.tokens))
+        assert content[1024:] == shard.tokens.tobytes() and shard.tokens.max() <= 256
+        assert shard.starts.tolist() == [i for i, token in enumerate(shard.tokens) if token == 256]
+    assert 300 < good < 2700
+
+
+def test_random_plans_take_every_token_from_within_its_document(tmp_path):
+    rng = random.Random(1)
+    stage = dataclasses.replace(program.PRESETS["tiny"].extension, steps=1)
+    done = 0
+    for case in range(300):
+        for number in range(rng.randrange(1, 4)):
+            lengths = [rng.randrange(1, rng.choice([3, 40, 400])) for _ in range(rng.randrange(1, 60))]
+            tokens = np.concatenate([[256, *[rng.randrange(256)] * (n - 1)] for n in lengths]).astype("<u2")
+            header = np.zeros(256, "<i4")
+            header[:3] = 20240520, 1, len(tokens)
+            (tmp_path / f"c{case}_{number}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        slices = rng.choice([1, 2, 4])
+        stage = dataclasses.replace(
+            stage, batch_tokens=slices * rng.randrange(1, 200), max_seq_len=rng.randrange(1, 99)
+        )
+        settings = dataclasses.replace(
+            program.PRESETS["tiny"], model=CONFIG, slices=slices, stages=(stage,) * 2, extension=stage,
+            epochs=rng.randrange(1, 4),
+        )  # fmt: skip
+        paths = program.find_shards(str(tmp_path / f"c{case}_*.bin"), "tiny")
+        try:
+            plan, _ = program.plan_batches(settings, paths)
+        except program.UserError as error:
+            assert_line(error, "tokens")
+            continue
+        done += 1
+        for tokens in program.training_batches(plan, CONFIG, range(slices)):
+            assert tokens.shape == (slices, stage.batch_tokens // slices + 1)
+            assert (tokens[:, 0] == 256).all() and tokens.max() <= 256
+    assert 50 < done < 300
+
+
+def test_random_damage_to_checkpoints(tmp_path):
+    torch.manual_seed(0)
+    settings = dataclasses.replace(program.PRESETS["tiny"], model=CONFIG)
+    model, path = program.GPT(CONFIG), tmp_path / "fuzz.pt"
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": "torch.float32", "step": 5}
+    torch.save({**state, "settings": json.dumps(dataclasses.asdict(settings)), "train_time_ms": 1.0}, path)
+    content, rng, harmless = path.read_bytes(), random.Random(2), 0
+    for _ in range(1000):
+        damaged = bytearray(content)
+        for _ in range(rng.choice([0, 1, 1, 8])):
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.choice([len(content), len(content), rng.randrange(len(content))])])
+        try:
+            loaded = program.load_checkpoint(str(path))
+        except program.UserError as error:
+            assert_line(error, "fuzz.pt")
+            continue
+        harmless += 1
+        assert loaded["settings"] == settings and loaded["step"] == 5
+        for name, p in model.named_parameters():
+            assert torch.equal(loaded["model"][name], p)
+    assert harmless > 50
+
+
+def random_arguments(rng: random.Random) -> list[str]:
+    fields = [f for owner in (program.Settings, program.ModelConfig) for f in dataclasses.fields(owner)]
+    names = [program.option(f.name) for f in fields] + ["--preset", "--dry-run", "--", "-x", "--stps", "3"]
+    values = [
+        "0",
+        "1",
+        "-1",
+        "2",
+        "3.5",
+        "true",
+        "false",
+        "tiny",
+        "record",
+        "nan",
+        "1e999",
+        "",
+        "é",
+        "%s",
+        "--seed",
+        "9" * 30,
+    ]
+    return [part for _ in range(rng.randrange(1, 5)) for part in (rng.choice(names), rng.choice(values))]
+
+
+def test_random_command_lines():
+    rng, good = random.Random(3), 0
+    for _ in range(3000):
+        arguments = random_arguments(rng)
+        try:
+            settings, _ = program.parse_arguments(arguments)
+            for world_size in 1, 2:
+                program.check_divisions(settings, world_size)
+            [program.schedule(settings, step) for step in (0, settings.total_steps)]
+            good += 1
+        except program.UserError as error:
+            assert str(error) and "\n" not in str(error), arguments
+    assert 100 < good < 2900

@@ -177,11 +177,7 @@ class Settings:
     epochs: int = setting(1, "times to go over the training shards", low=1)
     slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory", low=1)
     seed: int = setting(1, "seed of the initial weights", low=0, high=2**63 - 1)
-    dtype: str = setting(
-        "auto",
-        "bfloat16 or float32 (auto: bfloat16 where the hardware has it)",
-        choices=("auto", "bfloat16", "float32"),
-    )
+    dtype: str = setting("auto", "auto: bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32"))
     fp8: bool = setting(True, "8-bit floats in the head and MLP of training, where the GPU has them [19, 84]")
     compile: bool = setting(True, "compile with torch.compile")
     sparse_exchange: bool = setting(True, "ranks exchange only the touched rows of the bigram gradient")
@@ -194,9 +190,7 @@ class Settings:
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
-    cooldown: float = setting(
-        0.6, "last part of the stages' steps, in which the learning rate falls", low=0.001, high=1
-    )
+    cooldown: float = setting(0.6, "last part of the steps, in which the learning rate falls", low=0.001, high=1)
     final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
     run_id: str = setting("", "name of the log (default: made from the date)")
     checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
@@ -400,16 +394,11 @@ def with_steps(settings: Settings, steps: int) -> Settings:
     ends = np.cumsum([stage.steps for stage in settings.all_stages]) * factor
     # The stages still to come keep a step each, which a short extension would otherwise lose.
     ends = [max(i + 1, min(round(end), steps - (len(ends) - 1 - i))) for i, end in enumerate(ends)]
-    lengths = np.diff([0, *ends])
-    stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, lengths)]
-    return replace(
-        settings,
-        steps=steps,
-        stages=tuple(stages[:-1]),
-        extension=stages[-1],
-        momentum_warmup=max(round(settings.momentum_warmup * factor), 1),
-        momentum_cooldown=max(round(settings.momentum_cooldown * factor), 1),
-    )
+    stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, np.diff([0, *ends]))]
+    momentum = {
+        name: max(round(getattr(settings, name) * factor), 1) for name in ("momentum_warmup", "momentum_cooldown")
+    }
+    return replace(settings, steps=steps, stages=tuple(stages[:-1]), extension=stages[-1], **momentum)
 
 
 # ======================================================================================================================
@@ -427,20 +416,11 @@ def has_kernels(x: Tensor) -> bool:
 jit = triton.jit if triton else lambda kernel: kernel
 
 
-class Tiles(typing.NamedTuple):
-    """How a product is cut: a program's block of the output, the inner steps, and how it is pipelined."""
-
-    rows: int
-    columns: int
-    inner: int  # in bf16; twice that in FP8
-    stages: int
-    warps: int
-
-
-# By the least compute capability. A multiprocessor's shared memory must hold the stages: 163 KB on 8.0, 227 KB on 9.0,
-# 99 KB on consumer cards (8.6, 8.9, 12.0). Tensor descriptors (TMA), which the MLP's kernel needs, begin with 9.0.
-SYMMETRIC_TILES = {80: Tiles(128, 128, 64, 4, 8)}
-MLP_TILES = {90: Tiles(128, 256, 64, 4, 8), 120: Tiles(128, 128, 64, 3, 8)}
+# How products are cut, by the least compute capability: rows and columns of a program's block, inner step (in bf16; FP8
+# has twice that), pipeline stages, warps. Shared memory must hold the stages: 163 KB on 8.0, 227 KB on 9.0, 99 KB on
+# consumer cards (8.6, 8.9, 12.0). Tensor descriptors (TMA), which the MLP's kernel needs, begin with 9.0.
+SYMMETRIC_TILES = {80: (128, 128, 64, 4, 8)}
+MLP_TILES = {90: (128, 256, 64, 4, 8), 120: (128, 128, 64, 3, 8)}
 
 
 def capability(device: torch.device) -> int:
@@ -449,9 +429,9 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def find_tiles(table: dict[int, Tiles], device: torch.device) -> Tiles | None:
+def find_tiles(table: dict[int, tuple], device: torch.device) -> tuple | None:
     """The last row that a device reaches."""
-    return next((table[least] for least in sorted(table, reverse=True) if least <= capability(device)), None)
+    return table.get(max((least for least in table if least <= capability(device)), default=None))
 
 
 @jit
@@ -489,10 +469,10 @@ def symmetric_kernel(
 def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     count, n, inner = a.shape
     out = a.new_empty(count, n, n)
-    tiles = find_tiles(SYMMETRIC_TILES, a.device)
-    grid = triton.cdiv(n, tiles.rows) * triton.cdiv(n, tiles.columns), count
+    *block, stages, warps = find_tiles(SYMMETRIC_TILES, a.device)
+    grid = triton.cdiv(n, block[0]) * triton.cdiv(n, block[1]), count
     numbers = (n, inner, *a.stride(), alpha, beta)
-    symmetric_kernel[grid](a, add, out, *numbers, *tiles[:3], num_stages=tiles.stages, num_warps=tiles.warps)
+    symmetric_kernel[grid](a, add, out, *numbers, *block, num_stages=stages, num_warps=warps)
     return out
 
 
@@ -550,24 +530,23 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
     if tiles is None or a.size(1) % 16 or b.size(0) % 16:
         product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
         return F.relu(product).square() if post is None else 2 * product * post.sqrt()
-    out = torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
-    inner = tiles.inner if scale_a is None else 2 * tiles.inner
+    out = empty_product(a, b, scale_a, scale_b, post)
+    rows, columns, inner, stages, warps = tiles
+    inner = inner if scale_a is None else 2 * inner
 
     def describe(x: Tensor | None, *block: int) -> TensorDescriptor | None:
         return x if x is None else TensorDescriptor.from_tensor(x.contiguous(), list(block))
 
-    half = tiles.rows, tiles.columns // 2
-    inputs = describe(a, tiles.rows, inner), describe(b, tiles.columns, inner), scale_a, scale_b
-    blocks = triton.cdiv(a.size(0), tiles.rows) * triton.cdiv(b.size(0), tiles.columns)
-    mlp_kernel[(min(processors(a.device), blocks),)](
-        *inputs, describe(post, *half), describe(out, *half), *out.shape, a.size(1), tiles.rows, tiles.columns, inner,
-        num_stages=tiles.stages - (post is not None), num_warps=tiles.warps,
-    )  # fmt: skip
+    inputs = describe(a, rows, inner), describe(b, columns, inner), scale_a, scale_b
+    outputs = describe(post, rows, columns // 2), describe(out, rows, columns // 2)
+    blocks = triton.cdiv(a.size(0), rows) * triton.cdiv(b.size(0), columns)
+    grid, sizes = (min(processors(a.device), blocks),), (*out.shape, a.size(1), rows, columns, inner)
+    mlp_kernel[grid](*inputs, *outputs, *sizes, num_stages=stages - (post is not None), num_warps=warps)
     return out
 
 
 @mlp_op.register_fake
-def _(a, b, scale_a, scale_b, post):
+def empty_product(a, b, scale_a, scale_b, post):
     return torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
 
 
@@ -661,17 +640,14 @@ def _(source, out, add):
     return None
 
 
-def copy_transposed(out: Tensor, source: Tensor) -> Tensor:
-    """out = source^T for matrices, contiguous; returns out."""
-    if not has_kernels(out):
-        return out.copy_(source.T)
-    transpose_op(source, out, False)
+def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """The transpose of a matrix, contiguous: new, or in place of what is in `out`, or added to that."""
+    out = source.new_empty(source.size(1), source.size(0)) if out is None else out
+    if has_kernels(out):
+        transpose_op(source, out, add)
+    else:
+        out.add_(source.T) if add else out.copy_(source.T)
     return out
-
-
-def add_transposed(out: Tensor, source: Tensor) -> None:
-    """out += source^T for matrices, contiguous."""
-    transpose_op(source, out, True) if has_kernels(out) else out.add_(source.T)
 
 
 # ======================================================================================================================
@@ -744,11 +720,6 @@ class Head(torch.autograd.Function):
             transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale, torch.float32, fast=False
         )
         return x_grad, head_grad.to(torch.bfloat16), None, None, None
-
-
-def transposed(x: Tensor) -> Tensor:
-    """A contiguous copy of the matrix x^T."""
-    return copy_transposed(x.new_empty(x.size(1), x.size(0)), x)
 
 
 def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -1139,7 +1110,7 @@ class GPT(nn.Module):
             if value is None:
                 std = str(row.start).partition("normal ")[2]
                 value = torch.randn(shape) * float(std) if std else torch.full(shape, float(row.start))
-            self.register_parameter(name, nn.Parameter(value if row.float32 else value.to(dtype)))
+            setattr(self, name, nn.Parameter(value if row.float32 else value.to(dtype)))
 
         def bank(matrices: int, *shape: int) -> nn.Parameter:
             real = torch.empty(matrices, *shape).uniform_(-bound, bound)
@@ -1166,9 +1137,8 @@ class GPT(nn.Module):
             add("bigram_table", config.bigram_rows * vocab, config.bigram_dim)
             add("bigram_lambdas", layers)
             # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
-            signs = torch.randint(
-                2, (8192, config.bigram_dim), generator=torch.Generator().manual_seed(83), device="cpu"
-            )
+            own = torch.Generator().manual_seed(83)
+            signs = torch.randint(2, (8192, config.bigram_dim), generator=own, device="cpu")
             self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
         if self.value_layers:
             add("value_embeds", (1 + max(rows[i].value_embed for i in self.value_layers)) * vocab, dim)
@@ -1423,7 +1393,7 @@ class Optimizer:
         """Reduces the gradients that this step uses, updates, and clears them."""
         active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in self.muon)]
         if hyper.adam and self.tied:
-            add_transposed(self.params["lm_head"].grad, self.params["embed"].grad)
+            transposed(self.params["embed"].grad, out=self.params["lm_head"].grad, add=True)
             active.remove("embed")
         reduced = {name: self.start_reduction(name) for name in active}
         gathers = []
@@ -1437,7 +1407,7 @@ class Optimizer:
             self.params[name].grad = None
         if hyper.adam and self.tied:
             self.params["embed"].grad = None
-            copy_transposed(self.params["embed"].data, self.params["lm_head"].data)
+            transposed(self.params["lm_head"].data, out=self.params["embed"].data)
             if not hyper.stage.tied:
                 self.untie()
 
@@ -1577,24 +1547,23 @@ def read_shard(path: str, config: ModelConfig) -> Shard:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(header) < 256:
-        raise UserError(f"{path}: truncated: {size} bytes, expected a header of 1,024 bytes")
-    if header[0] != 20240520:
-        raise UserError(f"{path}: not a token shard: its magic number is {header[0]}, expected 20240520")
-    if header[1] != 1:
-        raise UserError(f"{path}: shard version {header[1]}, expected 1")
-    expected = 1024 + 2 * int(header[2])
-    if size != expected:
+    expected, problem = 1024 + 2 * int(header[2]) if len(header) == 256 else 1024, None
+    if size < 1024:
+        problem = f"truncated: {size} bytes, expected a header of 1,024 bytes"
+    elif header[0] != 20240520:
+        problem = f"not a token shard: its magic number is {header[0]}, expected 20240520"
+    elif header[1] != 1:
+        problem = f"shard version {header[1]}, expected 1"
+    elif size != expected:
         what = "truncated" if size < expected else "too long"
-        raise UserError(f"{path}: {what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again")
-    if len(tokens) and tokens.max() >= config.vocab_size:
-        raise UserError(
-            f"{path}: token {tokens.max()} is outside the vocabulary of {config.vocab_size}; "
-            "was it made with another tokenizer?"
-        )
+        problem = f"{what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again"
+    elif len(tokens) and tokens.max() >= config.vocab_size:
+        problem = f"token {tokens.max()} is outside the vocabulary of {config.vocab_size}; is it another tokenizer's?"
+    elif not (tokens == config.bos_id).any():
+        problem = f"no BOS (token {config.bos_id}); every document must start with BOS"
+    if problem:
+        raise UserError(f"{path}: {problem}")
     starts = np.flatnonzero(tokens == config.bos_id)
-    if not len(starts):
-        raise UserError(f"{path}: no BOS (token {config.bos_id}); every document must start with BOS")
     return Shard(path, tokens, starts)
 
 

@@ -36,8 +36,8 @@ def small_device(monkeypatch):
     monkeypatch.setattr(train_gpt, "has_kernels", lambda x: x.dtype != FLOAT32)
     monkeypatch.setattr(train_gpt, "capability", lambda device: 90)
     monkeypatch.setattr(train_gpt, "processors", lambda device: 3)
-    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", {80: train_gpt.Tiles(16, 32, 16, 2, 4)})
-    monkeypatch.setattr(train_gpt, "MLP_TILES", {90: train_gpt.Tiles(16, 32, 16, 2, 4)})
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", {80: (16, 32, 16, 2, 4)})
+    monkeypatch.setattr(train_gpt, "MLP_TILES", {90: (16, 32, 16, 2, 4)})
     yield
 
 
@@ -270,7 +270,7 @@ def test_transposes(rows, columns):
         assert torch.equal(out.float(), source.T.float())
     source, out = torch.randn(rows, columns).to(BF16), torch.randn(columns, rows).to(BF16)
     expected = (out.float() + source.T.float()).to(BF16)
-    train_gpt.add_transposed(out, source)
+    train_gpt.transposed(source, out=out, add=True)
     assert torch.equal(out, expected)
 
 

@@ -2,18 +2,22 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import hellaswag
 import sample
+import shards
 import train_gpt
+from test_command_line import launcher  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,3 +145,40 @@ def test_samples_are_the_same_for_a_seed_and_follow_the_probabilities(path):
 def test_sample_prints_the_prompt_and_what_follows(path):
     result = command("sample.py", "--checkpoint", path, "--prompt", "import ", "--tokens", "5", "--seed", "3")
     assert result.returncode == 0 and result.stdout.startswith("import ") and result.stdout.endswith("\n")
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "slept"]
+
+
+def test_hellaswag_of_a_trained_model_finds_the_likely_endings_packed_or_not(launcher, tmp_path):  # noqa: F811
+    from test_command_line import MAIN, MODEL, SMALL, VALIDATION
+
+    rng = random.Random(0)
+
+    def text(words: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(words))
+
+    for name, documents in ("train", 2000), ("val", 60):
+        tokens = [token for _ in range(documents) for token in (256, *text(20).encode())]
+        shards.write_shard(tmp_path / f"w_{name}_000000.bin", np.array(tokens))
+    files = ("--train-files", tmp_path / "w_train_*.bin", "--val-files", tmp_path / "w_val_*.bin")
+    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "60", "--checkpoint-last", "--run-id", "w")
+    assert launcher.start(SMALL + MAIN, *options, cwd=tmp_path).wait().returncode == 0
+
+    items = []
+    for _ in range(200):
+        label, endings = (
+            rng.randrange(4),
+            [text(4).upper(), text(4)[::-1].swapcase(), "".join(rng.sample("0123456789", 9))],
+        )
+        items.append({"ctx": text(6), "endings": [*endings[:label], text(4), *endings[label:]], "label": label})
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    saved = tmp_path / "logs" / "w_step000060.pt"
+    result = command("hellaswag.py", "--checkpoint", saved, "--data", tmp_path / "items.jsonl", "--pack", "2048")
+    assert result.returncode == 0, result.stderr
+    model = checkpoint.load(str(saved), "cpu")
+    alone = ([document] for document in hellaswag.completions(items, model))
+    by_mean, by_sum = hellaswag.accuracies(items, hellaswag.score(alone, model, 128))
+    assert f"by mean of token losses: {by_mean:.4f} " in result.stdout
+    assert f"by sum of token losses: {by_sum:.4f} " in result.stdout
+    assert by_mean > 0.9

@@ -18,6 +18,7 @@ Importing this file has no side effects.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -337,9 +338,11 @@ MUON_TABLE = {
 
 
 class UserError(Exception):
-    """Ends the run: its text says what is wrong and what to do, and is all that is printed."""
+    """Ends the run, with an exit status: its text says what is wrong and what to do, and is all that is printed."""
 
-    status = 2
+    def __init__(self, text: str, status: int = 2):
+        super().__init__(text)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -596,7 +599,7 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
 
 @torch.library.custom_op("speedrun::loss", mutates_args=())
 def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Losses (T,) of `softcapped_losses`, and the gradient (T, V) of their sum by the logits, in one pass.
+    """Losses (T,) as `training_loss` sums them, and the gradient (T, V) of their sum by the logits, in one pass.
 
     The gradient is in the logits' type, or with `fp8` in e5m2, divided by LOGIT_GRAD_SCALE.
     """
@@ -683,9 +686,9 @@ def largest_scale(x: Tensor) -> Tensor:
     return x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
 
 
-def scaled_mm(a: Tensor, b: Tensor, scale_a, scale_b, dtype=torch.bfloat16, fast=True) -> Tensor:
-    """scale_a A scale_b B^T in `dtype`: FP8 a (n, k) and b (m, k), scales 0-d; `fast` accumulates less exactly."""
-    scales = (torch.as_tensor(scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor | float, dtype=torch.bfloat16, fast: bool = True) -> Tensor:
+    """A B^T times both scales, in `dtype`: FP8 a (n, k) and b (m, k); `fast` accumulates less exactly."""
+    scales = (s if isinstance(s, Tensor) else torch.full((), s, device=a.device) for s in scales)
     return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -712,14 +715,12 @@ class Head(torch.autograd.Function):
     def backward(ctx, grad):
         x, lm_head, logit_grads = ctx.saved_tensors
         if not ctx.fp8:
-            logit_grads = logit_grads * grad.to(logit_grads.dtype)
-            return logit_grads @ lm_head.T, x.T @ logit_grads, None, None, None
+            grad = grad.to(x.dtype)
+            return grad * (logit_grads @ lm_head.T), grad * (x.T @ logit_grads), None, None, None
         scale = grad * LOGIT_GRAD_SCALE
         x_grad = scaled_mm(logit_grads, lm_head, scale, HEAD_WEIGHT_SCALE, fast=False)
-        head_grad = scaled_mm(
-            transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale, torch.float32, fast=False
-        )
-        return x_grad, head_grad.to(torch.bfloat16), None, None, None
+        inputs = transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale
+        return x_grad, scaled_mm(*inputs, dtype=torch.float32, fast=False).to(torch.bfloat16), None, None, None
 
 
 def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -1596,22 +1597,16 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
 
     When the documents of a shard run out, the incomplete batch is dropped and begun again in the next shard.
     """
-    plan: list[Batch] = []
-    sizes: dict[str, int] = {}
-    lengths: dict[str, np.ndarray] = {}
-    allowed = 0  # steps that the epochs allowed suffice for
-    epoch = 0
-    while len(plan) < settings.total_steps:
+    plan, sizes, lengths, total = [], {}, {}, settings.total_steps
+    for epoch in itertools.count(1):
         before = len(plan)
-        for path in paths:
-            if len(plan) == settings.total_steps:
-                break
+        for path in itertools.takewhile(lambda _: len(plan) < total, paths):
             if path not in lengths:
                 shard = read_shard(path, settings.model)
                 sizes[path] = len(shard.tokens)
                 lengths[path] = np.diff(np.append(shard.starts, len(shard.tokens)))
             document, limit = 0, None
-            while len(plan) < settings.total_steps:
+            while len(plan) < total:
                 stage, _ = settings.stage_at(len(plan))
                 if limit != stage.max_seq_len:
                     limit = stage.max_seq_len
@@ -1622,15 +1617,16 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
                     break
                 plan.append(Batch(path, bounds, length, limit))
                 document = bounds[-1]
-        epoch += 1
-        if epoch == settings.epochs:
-            allowed = len(plan)
         if len(plan) == before:
             raise UserError(
                 f"{settings.train_files}: no shard has documents for one batch of {stage.batch_tokens:,} tokens "
                 f"(cut to {stage.max_seq_len:,}); the largest of {len(paths)} has {max(sizes.values()):,} tokens"
             )
-    if epoch > settings.epochs:
+        if epoch <= settings.epochs:
+            allowed = len(plan)  # steps that the data suffice for
+        if len(plan) == total:
+            break
+    if allowed < total:
         have, need = (sum(batch.length * settings.slices for batch in part) for part in (plan[:allowed], plan))
         raise UserError(
             f"{settings.train_files}: too few training tokens: {have:,} in {len(paths)} shards and {settings.epochs} "
@@ -1699,18 +1695,9 @@ def prefetch(items):
 # ======================================================================================================================
 
 
-class NotFinite(UserError):
-    """The loss became NaN or infinite."""
-
-    status = 3
-
-
-class Stopped(UserError):
-    """The run was asked to stop by a signal."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.status = 128 + signum
+def stopped(signum: int) -> UserError:
+    """What a run ends with that was asked to stop by a signal."""
+    return UserError(f"stopped by {signal.Signals(signum).name}", status=128 + signum)
 
 
 def complain(text: str) -> None:
@@ -1738,7 +1725,7 @@ class StopSignal:
 
     def handle(self, signum: int, frame) -> None:
         if not self.deferred or self.signum:  # a second one does not wait for the step to end
-            complain(str(Stopped(signum)))
+            complain(str(stopped(signum)))
             os._exit(128 + signum)
         self.signum = signum
 
@@ -1750,12 +1737,6 @@ class World:
     rank: int
     size: int
     device: torch.device
-
-    def broadcast(self, model: nn.Module) -> None:
-        """Gives every rank the parameters and buffers of rank 0."""
-        if self.size > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
 
 
 def find_world() -> World:
@@ -1899,6 +1880,10 @@ def hardware_name(world: World) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def to_json(settings: Settings) -> str:
+    return json.dumps(dataclasses.asdict(settings))
+
+
 def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> bytes:
     """Source, environment, settings and data, so that the log alone says what was run."""
     rule, source = "=" * 100, Path(__file__).read_bytes()
@@ -1913,13 +1898,8 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
     ]
     if world.device.type == "cuda":
         lines.append(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout.rstrip())
-    lines += [
-        f"world size: {world.size}",
-        f"git: {git_state()}",
-        f"settings: {json.dumps(dataclasses.asdict(settings))}",
-    ]
-    for part, sizes in files.items():
-        lines += [f"data: {part} {path} {count:,} tokens" for path, count in sizes.items()]
+    lines += [f"world size: {world.size}", f"git: {git_state()}", f"settings: {to_json(settings)}"]
+    lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
     return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, rule, "")).encode()
 
 
@@ -1946,7 +1926,11 @@ class Log:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         self.write(header)
         if settings.wandb:
-            self.wandb = start_wandb(settings, name)
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the package wandb: pip install wandb") from None
+            self.wandb = wandb.init(project=settings.wandb, name=name, config=dataclasses.asdict(settings))
         self.say(f"log: {self.path}")
 
     def write(self, content: bytes) -> None:
@@ -1991,15 +1975,6 @@ class Log:
             self.wandb.finish()
 
 
-def start_wandb(settings: Settings, name: str):
-    """A run of Weights & Biases."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb: pip install wandb") from None
-    return wandb.init(project=settings.wandb, name=name, config=dataclasses.asdict(settings))
-
-
 def peak_memory(device: torch.device) -> str:
     """The log's last line. On the CPU both numbers are the process's largest resident set."""
     if device.type == "cuda":
@@ -2015,7 +1990,7 @@ def peak_memory(device: torch.device) -> str:
 def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer) -> None:
     """Writes `logs/<run id>_step000010.pt`, whole or not at all; a disk that is full does not end the run."""
     state = {
-        "settings": json.dumps(dataclasses.asdict(settings)),
+        "settings": to_json(settings),
         "dtype": str(model.embed.dtype),
         "step": step,
         "train_time_ms": milliseconds,
@@ -2097,45 +2072,28 @@ class Losses:
     """Each step's training loss, averaged over the batch and the same on all ranks, without waiting for the device.
 
     With the loss travels a flag, whether any rank was asked to stop, so that all stop after the same step. On the CPU
-    a step's loss is known at once; on CUDA it is copied every 8 steps and looked at 8 steps later.
+    both are known at once; on CUDA they are looked at eight steps later, when they have long arrived.
     """
 
-    def __init__(self, first: int, steps: int, world: World, clock: Clock):
+    def __init__(self, world: World, clock: Clock):
         self.world, self.clock, self.cuda = world, clock, world.device.type == "cuda"
-        self.rows = torch.zeros(steps, 2, device=world.device)
-        self.host = torch.zeros(steps, 2, pin_memory=True) if self.cuda else self.rows
-        self.sent = self.known = first
-        self.pending: list[tuple[int, typing.Any]] = []  # steps sent to the host and when, oldest first
+        self.pending: collections.deque = collections.deque()  # step, loss and flag on the host, and when
 
-    def record(self, step: int, loss: Tensor, stop: bool):
-        """Takes a step's loss; yields what has become known (see `receive`)."""
-        row = self.rows[step]
-        row[0] = loss
-        if stop:
-            row[1] = 1.0
+    def record(self, step: int, loss: Tensor, stop: bool) -> None:
+        """Takes the loss of a step, counted from 1."""
+        pair = torch.stack((loss, torch.full_like(loss, stop)))
         if self.world.size > 1:
-            dist.all_reduce(row)
-        if (step + 1) % (8 if self.cuda else 1) == 0:
-            self.send(step + 1)
-        return self.receive(keep=1 if self.cuda else 0)
+            dist.all_reduce(pair)
+        host = torch.empty(2, pin_memory=True).copy_(pair, non_blocking=True) if self.cuda else pair
+        self.pending.append((step, host, self.clock.mark()))
 
-    def send(self, steps: int) -> None:
-        """Starts the copy of the losses of all steps up to `steps`."""
-        if steps > self.sent:
-            if self.cuda:
-                self.host[self.sent : steps].copy_(self.rows[self.sent : steps], non_blocking=True)
-            self.pending.append((steps, self.clock.mark()))
-            self.sent = steps
-
-    def receive(self, keep: int = 0):
-        """Yields (first step, its and the following steps' losses, milliseconds at the last, whether to stop)."""
-        while len(self.pending) > keep:
-            steps, mark = self.pending.pop(0)
+    def known(self, all_of_them: bool = False):
+        """Yields (step, loss, milliseconds up to its end, whether to stop); `all_of_them` waits for the last steps."""
+        while len(self.pending) > (8 if self.cuda and not all_of_them else 0):
+            step, host, mark = self.pending.popleft()
             if self.cuda:
                 mark.synchronize()
-            block = self.host[self.known : steps]
-            yield self.known, block[:, 0].tolist(), self.clock.at(mark), bool(block[:, 1].any())
-            self.known = steps
+            yield step, host[0].item(), self.clock.at(mark), bool(host[1])
 
 
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
@@ -2209,7 +2167,8 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     dtype = choose_dtype(settings, world.device)
     torch.manual_seed(settings.seed)
     model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
-    world.broadcast(model)
+    for tensor in (*model.parameters(), *model.buffers()) if world.size > 1 else ():
+        dist.broadcast(tensor.data, src=0)
     # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
     objective = torch.compile(model, dynamic=False, fullgraph=True) if world.device.type == "cuda" else model
     return model, objective, Optimizer(model, settings, world.rank, world.size)
@@ -2252,20 +2211,19 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
     """Steps and validations, from a step and its training time on. Nothing in a step waits for the device."""
     total, own, first = settings.total_steps, settings.slices // world.size, start[0]
     clock = Clock(world.device, start[1])
-    losses = Losses(first, total, world, clock)
+    losses = Losses(world, clock)
     stopping = False
 
     def check_finite(step: int, loss: float) -> None:
         if not math.isfinite(loss):
             log.line(f"loss is not finite: step {step}")
-            raise NotFinite(f"the loss of step {step} is {loss}; the run was stopped")
+            raise UserError(f"the loss of step {step} is {loss}; the run was stopped", status=3)
 
-    def report(blocks) -> bool:
-        """Logs what has become known; raises at the first loss that is not finite; True if a rank was to stop."""
+    def report(known) -> bool:
+        """Logs the losses that are known by now; raises at the first that is not finite; True if a rank was to stop."""
         stopping = False
-        for before, values, milliseconds, stops in blocks:
-            for step, loss in enumerate(values, before + 1):
-                check_finite(step, loss)
+        for step, loss, milliseconds, stops in known:
+            check_finite(step, loss)
             speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
             share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
@@ -2288,8 +2246,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
         saves = step > first and settings.checkpoint_every and (stopping or step % settings.checkpoint_every == 0)
         saves = saves or settings.checkpoint_last and (stopping or step == total)
         if validates or saves or stopping:
-            losses.send(step)
-            report(losses.receive())
+            report(losses.known(all_of_them=True))
             clock.stop()
             if validates and not stopping:
                 windows = final_windows(settings) if step == total else hyper.stage.windows
@@ -2302,7 +2259,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
                 save_checkpoint(log, settings, step, clock.total, model, optimizer)
             if stopping:
                 log.line(f"stopped by a signal after step {step}")
-                raise Stopped(stop.signum or signal.SIGTERM)
+                raise stopped(stop.signum or signal.SIGTERM)
             clock.start()
         if step == total:
             break
@@ -2316,7 +2273,8 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
             optimizer.touched.append(rows)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
-        stopping = report(losses.record(step, loss, bool(stop.signum)))
+        losses.record(step + 1, loss, bool(stop.signum))
+        stopping = report(losses.known())
     batches.close()
 
 

@@ -3,13 +3,16 @@
     python bench/ablate.py [--steps 80] [--seeds 3] [--out records/ablation]
 
 Each variant is one flag of train_gpt.py. Runs that differ only in it share their seeds, so the table gives the mean of
-the paired differences with a 95 % interval of Student's t. A run whose log is complete is not run again: stop it and
-start it again as you like, then `--table` alone rewrites the table from the logs.
+the paired differences with a 95 % interval of Student's t. The time of a step is that of the quickest quarter of the
+steps of the quickest run. A run whose log is complete is not run again: stop it and start it again as you like, then
+`--table` alone rewrites the table from the logs.
 """
 
 import argparse
 import dataclasses
+import itertools
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -67,6 +70,12 @@ def train(path: Path, options: list[str]) -> None:
     shutil.move(log, path)
 
 
+def step_time(path: Path) -> float:
+    """Milliseconds of the quickest quarter of a run's steps, which what else the machine does disturbs least."""
+    times = re.findall(r"^step:\d+/\d+ train_loss:\S+ train_time:(\d+)ms", path.read_text(), re.MULTILINE)
+    return statistics.quantiles((int(b) - int(a) for a, b in itertools.pairwise(times)), n=4)[0]
+
+
 def interval(differences: list[float]) -> str:
     """Mean and half the width of its 95 % interval."""
     from scipy import stats
@@ -85,14 +94,15 @@ def table(out: Path, seeds: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     base = {seed: finished(out / f"all-{seed}.txt") for seed in range(1, seeds + 1)}
+    full = min((step_time(out / f"all-{seed}.txt") for seed, run in base.items() if run), default=math.nan)
     for name, (text, options) in variants().items():
-        pairs = [(finished(out / f"{name}-{seed}.txt"), run) for seed, run in base.items()]
-        pairs = [(run, other) for run, other in pairs if run and other]
+        paths = {seed: out / f"{name}-{seed}.txt" for seed, run in base.items() if run}
+        pairs = [(run, base[seed]) for seed, path in paths.items() if (run := finished(path))]
         if not pairs:
             continue
         loss = statistics.fmean(run.val_loss for run, _ in pairs)
         difference = "" if name == "all" else interval([run.val_loss - other.val_loss for run, other in pairs])
-        ratio = statistics.median(run.step_avg_ms / other.step_avg_ms for run, other in pairs)
+        ratio = min(step_time(path) for path in paths.values() if finished(path)) / full
         option = " ".join(options) if len(options) <= 2 else "all of these"
         lines.append(f"| {text} | `{option}` | {len(pairs)} | {loss:.4f} | {difference} | {ratio:.2f} |")
     return "\n".join(lines).replace("| `` |", "| |") + "\n"

@@ -10,28 +10,21 @@ steps of the quickest run. A run whose log is complete is not run again: stop it
 
 import argparse
 import dataclasses
-import itertools
 import math
-import re
-import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from runs import ROOT, finished, step_time, train
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-
-import logbook  # noqa: E402
-import train_gpt  # noqa: E402
+import train_gpt
 
 TECHNIQUES = {
     name: f.metadata["help"]
     for owner in (train_gpt.ModelConfig, train_gpt.Settings)
     for name, f in ((f.name, f) for f in dataclasses.fields(owner))
-    if f.type is bool and name not in ("compile", "muon", "fp8", "sparse_exchange")
+    if f.type is bool and name not in ("compile", "muon", "fp8", "sparse_exchange", "checkpoint_last")
 }
 
 
@@ -49,31 +42,6 @@ def variants() -> dict[str, tuple[str, list[str]]]:
         "plain": ("every technique above", everything),
         "adam": ("NorMuon: Adam in its place", off("muon")),
     }
-
-
-def finished(path: Path) -> logbook.Run | None:
-    """The run of a complete log, or None."""
-    if not path.exists():
-        return None
-    (run,) = logbook.read_log(str(path)).runs
-    return None if run.flaw() else run
-
-
-def train(path: Path, options: list[str]) -> None:
-    """One run; its log is moved to `path` when it is complete."""
-    log = ROOT / "logs" / path.name
-    log.unlink(missing_ok=True)  # of a run that was cut off
-    command = [sys.executable, "train_gpt.py", "--preset", "tiny", "--run-id", path.stem, *options]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(f"{path.stem}: {' '.join(command[1:])} failed: {run.stderr.strip().splitlines()[-1:]}")
-    shutil.move(log, path)
-
-
-def step_time(path: Path) -> float:
-    """Milliseconds of the quickest quarter of a run's steps, which what else the machine does disturbs least."""
-    times = re.findall(r"^step:\d+/\d+ train_loss:\S+ train_time:(\d+)ms", path.read_text(), re.MULTILINE)
-    return statistics.quantiles((int(b) - int(a) for a, b in itertools.pairwise(times)), n=4)[0]
 
 
 def interval(differences: list[float]) -> str:
@@ -123,8 +91,8 @@ def main() -> int:
     for seed, name, options in tqdm([] if arguments.table else runs, "runs"):
         path = out / f"{name}-{seed}.txt"
         if not finished(path):
-            fixed = ["--steps", str(arguments.steps), "--seed", str(seed), "--val-every", "1000"]
-            train(path, [*fixed, *options])
+            fixed = ["--preset", "tiny", "--steps", str(arguments.steps), "--seed", str(seed), "--val-every", "1000"]
+            train(path, "train_gpt.py", [*fixed, *options])
             (out / "table.md").write_text(table(out, arguments.seeds))
     (out / "table.md").write_text(table(out, arguments.seeds))
     print(table(out, arguments.seeds))

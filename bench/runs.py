@@ -1,0 +1,40 @@
+"""What the resumable drivers of this folder share: one training run, kept when its log is complete."""
+
+import itertools
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "records")]
+
+import logbook  # noqa: E402
+
+
+def finished(path: Path) -> logbook.Run | None:
+    """The run of a complete log, or None."""
+    if not path.exists():
+        return None
+    (run,) = logbook.read_log(str(path)).runs
+    return None if run.flaw() else run
+
+
+def train(path: Path, script: str, options: list[str]) -> None:
+    """Runs a training script of this repository; its log is moved to `path` when it is complete. Exits if it fails."""
+    log = ROOT / "logs" / path.name
+    log.unlink(missing_ok=True)  # of a run that was cut off
+    command = [sys.executable, script, "--run-id", path.stem, *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{path.stem}: {' '.join(command[1:])} failed: {''.join(run.stderr.strip().splitlines()[-1:])}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(log, path)
+
+
+def step_time(path: Path) -> float:
+    """Milliseconds of the quickest quarter of a run's steps, which what else the machine does disturbs least."""
+    times = re.findall(r"^step:\d+/\d+ train_loss:\S+ train_time:(\d+)ms", path.read_text(), re.MULTILINE)
+    return statistics.quantiles((int(b) - int(a) for a, b in itertools.pairwise(times)), n=4)[0]

@@ -1,0 +1,144 @@
+"""The programs of bench: the ablation's table and resumption, the compiled kernels, step time, the plan of slices."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+from test_command_line import MODEL, data, launcher  # noqa: F401 (fixtures)
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+sys.path.append(str(BENCH))
+
+import ablate  # noqa: E402
+import runs  # noqa: E402
+
+
+def write_log(path: Path, loss: float, step_ms: list[int], steps: int = 8, total: int = 8) -> None:
+    """A log of so many steps, that take these times in turn."""
+    lines, now = [f"{'=' * 100}", "settings: {}", f"{'=' * 100}"], 0
+    for step in range(1, steps + 1):
+        now += step_ms[step % len(step_ms)]
+        lines.append(f"step:{step}/{total} train_loss:5.0000 train_time:{now}ms step_avg:{now / step:.2f}ms")
+    lines.append(f"step:{steps}/{total} val_loss:{loss:.4f} train_time:{now}ms step_avg:{now / steps:.2f}ms")
+    path.write_text("source\n" + "\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    variants = {"all": ("nothing", []), "no_smear": ("smear", ["--smear", "false"])}
+    monkeypatch.setattr(ablate, "variants", lambda: variants)
+    for seed, (base, without) in enumerate([(1.5, 1.52), (1.4, 1.45), (1.6, 1.61)], 1):
+        write_log(tmp_path / f"all-{seed}.txt", base, [100, 100, 900])
+        write_log(tmp_path / f"no_smear-{seed}.txt", without, [110, 110, 300 * seed])
+    return tmp_path
+
+
+def test_ablation_has_the_mean_of_paired_differences_and_its_interval(logs):
+    row = ablate.table(logs, 3).splitlines()[-1]
+    # Differences 0.02, 0.05 and 0.01: mean 0.02667, standard deviation 0.02082; t of 2 degrees of freedom 4.3027.
+    assert "| 3 | 1.5267 | +0.0267 ± 0.0517 | 1.10 |" in row
+    assert row.startswith("| smear | `--smear false` |")
+
+
+def test_ablation_leaves_out_runs_that_are_not_complete(logs):
+    write_log(logs / "no_smear-2.txt", 1.0, [100], steps=4)
+    row = ablate.table(logs, 3).splitlines()[-1]
+    assert "| 2 | 1.5650 | +0.0150 ± " in row
+
+
+def test_ablation_goes_on_where_it_was_cut_off(logs, monkeypatch, capsys):
+    (logs / "all-3.txt").unlink()
+    write_log(logs / "no_smear-1.txt", 1.0, [100], steps=4)
+    trained = []
+
+    def train(path, script, options):
+        trained.append((path.name, script, options))
+        write_log(path, 1.5, [100])
+
+    monkeypatch.setattr(ablate, "train", train)
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--out", str(logs), "--steps", "8"])
+    assert ablate.main() == 0
+    assert [name for name, _, _ in trained] == ["no_smear-1.txt", "all-3.txt"]
+    for _, script, options in trained:
+        settings, _ = train_gpt.parse_arguments(options)
+        assert script == "train_gpt.py" and settings.total_steps == 8 and settings.preset == "tiny"
+        assert settings.model.smear == ("--smear" not in options)
+    assert (logs / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_every_technique_has_its_variant():
+    names = set(ablate.variants())
+    assert {"all", "plain", "adam", "no_smear", "no_mudd", "no_yarn", "no_length_schedule"} <= names
+    assert len(names) == 3 + 16
+    for _, options in ablate.variants().values():
+        train_gpt.parse_arguments(["--preset", "tiny", *options])
+
+
+def test_step_time_is_that_of_the_quickest_quarter(tmp_path):
+    write_log(tmp_path / "x.txt", 1.5, [100, 101, 5000, 5000], steps=40, total=40)
+    assert 100 <= runs.step_time(tmp_path / "x.txt") <= 101
+
+
+def command(script, *arguments):
+    options = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    return subprocess.run(options, capture_output=True, text=True)
+
+
+def test_kernels_compile_without_a_gpu_within_each_targets_limits():
+    pytest.importorskip("triton")
+    result = command("kernels.py", "--aot")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = re.findall(r"^(.*\S)\s+sm_(\d+)\s+(\d+)\s+(\d+)\s+([\d,]+)\s+([\d,]+)$", result.stdout, re.MULTILINE)
+    limits = {"80": 163 * 1024, "89": 99 * 1024, "90": 227 * 1024}
+    for _, target, registers, stack, shared, limit in rows:
+        assert int(limit.replace(",", "")) == limits[target] >= int(shared.replace(",", ""))
+        assert 0 < int(registers) <= 255 and (target != "90" or stack == "0")
+    assert {target for _, target, *_ in rows} == set(limits)
+    assert sum("FP8" in name and target == "80" and "copy" not in name for name, target, *_ in rows) == 0
+    assert len(rows) == 6 * 3 + 3 + 3 + 2 + 3 * 3  # symmetric, MLP, loss, loss in FP8, transposes
+
+
+def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    import kernels
+
+    kept = {name: getattr(train_gpt, name) for name in (*kernels.KERNELS, "capability", "processors", "has_kernels")}
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", {80: (128, 128, 128, 5, 8)})
+    first = next(kernels.cases("cpu", 16))
+    monkeypatch.setattr(kernels, "cases", lambda device, tokens: [first])
+    try:
+        assert kernels.compile_all() == 1
+    finally:
+        vars(train_gpt).update(kept)
+    assert "do not fit" in capsys.readouterr().out
+
+
+def test_step_time_prints_a_row_a_stage(data):  # noqa: F811
+    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", "--measure", "2")
+    result = command("step_time.py", *options, "--train-files", data / "x_train_*.bin")
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^\| (\w+) \| 8,192 \| ([\d.]+) \| ([\d,]+) \| \d+% \| \d+ MiB \|$", result.stdout, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["1", "2", "3", "extension"]
+    for _, ms, speed in rows:
+        assert int(speed.replace(",", "")) == pytest.approx(8192 / float(ms) * 1000, rel=0.01)
+    assert re.search(r"first step after \d+ s", result.stdout)
+    result = command("step_time.py", "--preset", "tiny", "--train-files", "none_*.bin")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none_*.bin" in result.stderr
+
+
+def test_plan_names_the_slices_for_each_card():
+    result = command("plan.py")
+    assert result.returncode == 0, result.stderr
+    needs = {
+        int(n): float(gb) for n, gb in re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", result.stdout, re.MULTILINE)
+    }
+    assert sorted(needs) == [8, 16, 32, 64] and sorted(needs.values(), reverse=True) == list(needs.values())
+    for card, slices in re.findall(r"^(\d+) GB: --slices (\d+)$", result.stdout, re.MULTILINE):
+        assert needs[int(slices)] <= 0.9 * int(card)
+        assert slices == "8" or needs[int(slices) // 2] > 0.9 * int(card)
+    assert command("plan.py", "--slicez", "8").returncode == 2

@@ -1924,7 +1924,11 @@ class Log:
             raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        self.write(header)
+        try:
+            self.write(header)
+        except UserError:
+            self.path.unlink()
+            raise
         if settings.wandb:
             try:
                 import wandb
@@ -1935,7 +1939,8 @@ class Log:
 
     def write(self, content: bytes) -> None:
         try:
-            self.file.write(content)
+            while content:  # a disk that fills up takes a part, and then none
+                content = content[self.file.write(content) :]
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 

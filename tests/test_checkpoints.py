@@ -229,6 +229,9 @@ def test_full_disk_while_logging_ends_the_run_with_a_line(small, folders):  # no
     limit = len(Path(program.__file__).read_bytes()) + 4096
     result = small("--steps", "400", "--epochs", "99", before=FULL.format(limit=limit), cwd=folder)
     assert_line(result, "logs/", "cannot be written")
+    result = small("--steps", "4", "--run-id", "none", before=FULL.format(limit=4096), cwd=folder)
+    assert_line(result, "logs/none.txt", "cannot be written")
+    assert not (folder / "logs" / "none.txt").exists()  # a log is whole, or not there
 
 
 @pytest.mark.parametrize("fault", ["changes", "vanishes"])

@@ -1884,6 +1884,18 @@ def to_json(settings: Settings) -> str:
     return json.dumps(dataclasses.asdict(settings))
 
 
+def from_json(text: str) -> Settings:
+    """The inverse of `to_json`."""
+
+    def tuples(value):
+        return tuple(tuples(each) for each in value) if isinstance(value, list) else value
+
+    saved = json.loads(text, object_hook=lambda each: {key: tuples(value) for key, value in each.items()})
+    model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
+    stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
+    return Settings(**{**saved, "model": model, **stages})
+
+
 def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> bytes:
     """Source, environment, settings and data, so that the log alone says what was run."""
     rule, source = "=" * 100, Path(__file__).read_bytes()
@@ -2026,19 +2038,11 @@ def load_checkpoint(path: str) -> dict:
             if archive.testzip() is not None:  # PyTorch does not look at the checksums
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(state["settings"], object_hook=lambda each: {k: tuples(v) for k, v in each.items()})
-        model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
-        stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
-        return {**state, "settings": Settings(**{**saved, "model": model, **stages})}
+        return {**state, "settings": from_json(state["settings"])}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:
         raise UserError(f"{path}: damaged, or no checkpoint of this train_gpt.py; use another") from None
-
-
-def tuples(value):
-    """JSON's lists as tuples."""
-    return tuple(tuples(each) for each in value) if isinstance(value, list) else value
 
 
 def resize(saved: Tensor, rows: int) -> Tensor:

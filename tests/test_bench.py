@@ -16,6 +16,7 @@ sys.path.append(str(BENCH))
 
 import ablate  # noqa: E402
 import runs  # noqa: E402
+import track  # noqa: E402
 
 
 def write_log(path: Path, loss: float, step_ms: list[int], steps: int = 8, total: int = 8) -> None:
@@ -142,3 +143,82 @@ def test_plan_names_the_slices_for_each_card():
         assert needs[int(slices)] <= 0.9 * int(card)
         assert slices == "8" or needs[int(slices) // 2] > 0.9 * int(card)
     assert command("plan.py", "--slicez", "8").returncode == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The laptop track
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def laptop(tmp_path, monkeypatch):
+    """Training in which a step takes 10 ms and the loss follows a formula; returns what was trained."""
+    trained = []
+
+    def train(path, script, options):
+        values = (
+            dict(zip(options[::2], options[1::2])) if len(options) % 2 == 0 else dict(zip(options[1::2], options[2::2]))
+        )
+        steps, seed = int(values["--steps"]), int(values["--seed"])
+        rate, batch = float(values.get("--lr", 2.4e-3)), int(values.get("--batch-tokens", 4096))
+        speed = 1 if script == track.BASELINE else 2 + sum(value != "false" for value in options)
+        loss = 1 + 5 / (1 + 0.001 * speed * steps) + abs(rate - 2.4e-3) + abs(batch - 4096) * 1e-5 + 1e-4 * seed
+        trained.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_log(path, loss, [10], steps=steps, total=steps)
+        settings = f'{{"steps": {steps}, "batch_tokens": {batch}}}'
+        path.write_text(path.read_text().replace("settings: {}", f"settings: {settings}"))
+
+    monkeypatch.setattr(track, "train", train)
+    monkeypatch.setattr(track, "OUT", tmp_path)
+    monkeypatch.setattr(track, "BASELINE_SECONDS", 8)
+    monkeypatch.setattr(track, "GRID_SECONDS", 1)
+    return trained
+
+
+def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop, tmp_path):
+    best = track.grid()
+    assert best == track.baseline(2.4e-3, 4096)
+    assert "**" in (tmp_path / "grid" / "README.md").read_text()
+    target, steps = track.search(track.history(best))
+    # 800 steps of 10 ms: a loss of 1 + 5 / 1.8 and a bit.
+    assert steps["0_baseline"] == 800 and target == 3.78
+    for record in track.history(best)[1:]:
+        speed = 2 + sum(value != "false" for value in (*record.options, "--steps", "1", "--seed", "1"))
+        enough = (5 / (target - 1 - 1e-4) - 1) / (0.001 * speed)
+        assert enough <= steps[record.name] <= 1.06 * enough + 1, record.name
+    before = len(laptop)
+    assert track.grid() == best and track.search(track.history(best)) == (target, steps)
+    assert len(laptop) == before  # nothing is run twice
+    text = track.runs(track.history(best), target, steps, 3)
+    assert len(laptop) == before + 6 * 3
+    rows = [row.split(" | ") for row in text.splitlines()[4:]]
+    assert len(rows) == 6
+    for row, record in zip(rows, track.history(best)):
+        assert row[0] == f"| {record.name}" and row[2] == "3"
+        assert float(row[6]) == pytest.approx(800 / steps[record.name], abs=0.01)
+        assert float(row[5].split()[0]) == pytest.approx(steps[record.name] / 100, abs=0.051)
+        assert float(row[7]) == pytest.approx(steps[record.name] * 4096 / 1e6, abs=0.0051)
+
+
+def test_best_point_on_the_edge_of_the_grid_is_a_mistake(laptop, monkeypatch):
+    monkeypatch.setattr(track, "RATES", (2.4e-3, 4.8e-3))
+    with pytest.raises(SystemExit) as end:
+        track.grid()
+    assert "edge" in str(end.value)
+
+
+def test_every_record_of_the_track_has_options_that_exist():
+    off = []
+    for record in track.history(track.baseline(1e-3, 4096))[1:]:
+        settings, _ = train_gpt.parse_arguments([*record.options, "--steps", "50", "--seed", "3"])
+        off.append(sum(word == "false" for word in record.options))
+    assert off == sorted(off, reverse=True) and off[-1] == 0
+    names = {f"--{name.replace('_', '-')}" for name in ablate.TECHNIQUES}
+    assert set(track.TECHNIQUES) == names
+
+
+def test_tokens_of_a_run_come_from_its_log(tmp_path):
+    settings, _ = train_gpt.parse_arguments(["--preset", "tiny", "--steps", "37"])
+    (tmp_path / "x.txt").write_text(f"source\nsettings: {train_gpt.to_json(settings)}\n")
+    assert track.tokens_of(tmp_path / "x.txt") == 37 * 8192

@@ -1,0 +1,211 @@
+"""The laptop track: from the tuned GPT-2 baseline to the recipe, on the embedded corpus and any CPU.
+
+    python bench/track.py grid       the baseline's grid of learning rate and batch, on shortened runs
+    python bench/track.py search     the fewest steps with which each record reaches the target, one seed
+    python bench/track.py runs       all records, interleaved, with several seeds; the table of times and tokens
+
+The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, rounded up to 0.01. All three
+are resumable: a run whose log is complete is not run again. Logs and tables go to records/tiny/.
+"""
+
+import argparse
+import math
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from runs import ROOT, finished, step_time, train
+from tqdm import tqdm
+
+import train_gpt
+
+OUT = ROOT / "records" / "tiny"
+BASELINE = "records/baseline/train_gpt2.py"
+BASELINE_SECONDS, GRID_SECONDS = 480, 100
+RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
+BATCHES = (1024, 2048, 4096, 8192)  # tokens a step
+CONTEXT = 256
+TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
+    "smear", "bigram", "value_embeds", "skip", "mudd", "single_input",
+    "paired_heads", "key_offset", "xsa", "attention_gate", "head_pairs",
+    "yarn", "multi_token", "length_schedule", "extension_windows", "long_validation",
+)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """One step of the track's history: a script and its options, but for the number of steps and the seed."""
+
+    name: str
+    idea: str
+    script: str
+    options: tuple[str, ...]
+
+    def path(self, kind: str, *parts) -> Path:
+        return OUT / self.name / "_".join(map(str, (kind, *parts)))
+
+
+def recipe(name: str, idea: str, without: list[str], *options: str) -> Record:
+    off = [word for technique in without for word in (technique, "false")]
+    return Record(name, idea, "train_gpt.py", ("--preset", "tiny", "--val-every", "100000", *off, *options))
+
+
+def baseline(rate: float, batch: int) -> Record:
+    options = ("--tiny", "--context", str(CONTEXT), "--sample-tokens", "0", "--val-every", "100000")
+    name = f"grid/lr{rate:g}_batch{batch}"
+    return Record(name, "GPT-2, AdamW, tuned", BASELINE, (*options, "--lr", f"{rate:g}", "--batch-tokens", str(batch)))
+
+
+def history(best: Record) -> list[Record]:
+    """The track's records, oldest first, after the baseline with its best learning rate and batch."""
+    return [
+        Record("0_baseline", best.idea, best.script, best.options),
+        recipe("1_modern", "rotary, QK norm, ReLU^2, softcap, whole documents", TECHNIQUES, "--muon", "false"),
+        recipe("2_normuon", "NorMuon for the matrices", TECHNIQUES),
+        recipe("3_embeddings", "smear, bigram and value embeddings, skips, MUDD", TECHNIQUES[6:]),
+        recipe("4_attention", "paired heads, key offset, XSA, gates", TECHNIQUES[11:]),
+        recipe("5_recipe", "YaRN, multi-token prediction, schedules of length and windows", []),
+    ]  # fmt: skip
+
+
+def run(record: Record, path: Path, steps: int, seed: int = 1):
+    """The run of a record with so many steps, from its log if that is there."""
+    if not (done := finished(path)):
+        train(path, record.script, [*record.options, "--steps", str(steps), "--seed", str(seed)])
+        done = finished(path)
+    return done
+
+
+def steps_for(record: Record, seconds: float) -> int:
+    """How many steps a record takes in so many seconds of training, from a short run."""
+    probe = record.path("probe.txt")
+    run(record, probe, steps=24)
+    return math.ceil(seconds * 1000 / step_time(probe))
+
+
+def grid() -> Record:
+    """Trains the baseline at every point; writes the table; returns the best point, which is not on the grid's edge."""
+    losses: dict[tuple[float, int], float] = {}
+    points = [(rate, batch) for batch in BATCHES for rate in RATES]
+    for rate, batch in tqdm(points, "grid", disable=None):
+        record = baseline(rate, batch)
+        # The speed depends on the batch alone.
+        steps = steps_for(baseline(RATES[0], batch), GRID_SECONDS)
+        losses[rate, batch] = run(record, record.path("run.txt"), steps).val_loss
+        text = grid_table(losses)
+        (OUT / "grid" / "README.md").write_text(text)
+    best = min(losses, key=losses.get)
+    edges = [best[0] in (RATES[0], RATES[-1]), best[1] in (BATCHES[0], BATCHES[-1])]
+    print(text)
+    if any(edges):
+        sys.exit(f"track.py: the best point, {best}, lies on the grid's edge: widen RATES or BATCHES")
+    return baseline(*best)
+
+
+def grid_table(losses: dict[tuple[float, int], float]) -> str:
+    best = min(losses, key=losses.get)
+    rows = [
+        "# The baseline's grid\n",
+        f"Validation loss of the baseline (context {CONTEXT}) after about {GRID_SECONDS} s of training each, in nats",
+        "per byte, by learning rate and tokens a step. Written by `python bench/track.py grid` from the logs here.\n",
+        "| learning rate | " + " | ".join(f"{batch:,} tokens" for batch in BATCHES) + " |",
+        "|---" * (len(BATCHES) + 1) + "|",
+    ]
+    for rate in RATES:
+        cells = (f"{losses[rate, batch]:.4f}" if (rate, batch) in losses else "" for batch in BATCHES)
+        marked = (f"**{cell}**" if (rate, batch) == best else cell for cell, batch in zip(cells, BATCHES))
+        rows.append(f"| {rate:g} | " + " | ".join(marked) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def search(records: list[Record]) -> tuple[float, dict[str, int]]:
+    """The target, and each record's fewest steps to it, to about 3 %, by one seed."""
+    first = records[0]
+    count = steps_for(first, BASELINE_SECONDS)
+    target = math.ceil(100 * run(first, first.path("search", f"{count}.txt"), count).val_loss) / 100
+    steps = {first.name: count}
+    for record in tqdm(records[1:], "search", disable=None):
+        low, high = 8, steps_for(record, BASELINE_SECONDS)
+        while high > 1.04 * low:
+            middle = round(math.sqrt(low * high))
+            loss = run(record, record.path("search", f"{middle}.txt"), middle).val_loss
+            low, high = (low, middle) if loss <= target else (middle, high)
+        steps[record.name] = high
+    return target, steps
+
+
+def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> str:
+    """Runs every record with every seed, one after the other in turn; returns the table."""
+    for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
+        for record in records:
+            run(record, record.path("run", f"{seed}.txt"), steps[record.name], seed)
+            (OUT / "table.md").write_text(table(records, target, seeds))
+    return table(records, target, seeds)
+
+
+def tokens_of(path: Path) -> int:
+    """The training tokens of a run, from its log's settings."""
+    settings = path.read_text().rpartition("\nsettings: ")[2].partition("\n")[0]
+    if '"stages"' not in settings:
+        steps, batch = (int(re.search(rf'"{name}": (\d+)', settings)[1]) for name in ("steps", "batch_tokens"))
+        return steps * batch
+    saved = train_gpt.from_json(settings)
+    return sum(stage.steps * stage.batch_tokens for stage in saved.all_stages)
+
+
+def interval(values: list[float], digits: int) -> str:
+    """Mean and half its 95 % interval by Student's t."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):,.{digits}f} ± {half:,.{digits}f}"
+
+
+def table(records: list[Record], target: float, seeds: int) -> str:
+    """The Markdown table of the records that have at least two complete runs."""
+    from scipy import stats
+
+    rows = [
+        f"Target: {target:.2f} nats per byte. Ratios are to the baseline.\n",
+        "| record | what is new | runs | loss | p (mean > target) | seconds | ratio | tokens, M | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = None
+    for record in records:
+        paths = [record.path("run", f"{seed}.txt") for seed in range(1, seeds + 1)]
+        done = [(finished(path), path) for path in paths if finished(path)]
+        if len(done) < 2:
+            continue
+        losses, times = (
+            [value(each) for each, _ in done] for value in (lambda r: r.val_loss, lambda r: r.train_time_ms / 1000)
+        )
+        tokens = tokens_of(done[0][1]) / 1e6
+        base = base or (statistics.fmean(times), tokens)
+        p = stats.ttest_1samp(losses, target, alternative="less").pvalue
+        ratios = base[0] / statistics.fmean(times), base[1] / tokens
+        rows.append(
+            f"| {record.name} | {record.idea} | {len(done)} | {interval(losses, 4)} | {p:.2g} | {interval(times, 1)} | "
+            f"{ratios[0]:.2f} | {tokens:.2f} | {ratios[1]:.2f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("grid", "search", "runs"))
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each record (default: 5)")
+    arguments = parser.parse_args()
+    records = history(grid())
+    if arguments.what == "grid":
+        return 0
+    target, steps = search(records)
+    print(f"target {target:.2f}; steps: {steps}")
+    if arguments.what == "runs":
+        print(runs(records, target, steps, arguments.seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

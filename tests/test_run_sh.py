@@ -296,10 +296,13 @@ def test_python_by_its_other_name_will_do(machine):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+PYTEST = ["-m", "pytest", "-n", "auto", "--maxprocesses=4", "--dist=worksteal"]
+
+
 def test_tests_run_sh_lints_and_tests_from_any_folder_with_its_arguments(machine, tmp_path):
     arguments = ["-m", "slow", "-k", "a b"]
     calls = machine.run(*arguments, script="a project/tests/run.sh", cwd=tmp_path)
-    assert calls == [["-m", "ruff", "check", "."], ["-m", "pytest", *arguments]]
+    assert calls == [["-m", "ruff", "check", "."], [*PYTEST, *arguments]]
 
 
 def test_tests_run_sh_stops_at_the_linter(machine):
@@ -317,8 +320,8 @@ def test_tests_run_sh_installs_what_is_missing_into_a_venv(machine):
     calls = machine.run(script="tests/run.sh")
     installs = [call for call in calls if call[:3] == ["-m", "pip", "install"]]
     assert any("tests/requirements.txt" in call for call in installs)
-    assert calls[-1] == ["-m", "pytest"] and machine.pythons[-1].endswith(".venv/bin/python")
-    assert machine.run(script="tests/run.sh") == [["-m", "ruff", "check", "."], ["-m", "pytest"]]
+    assert calls[-1] == PYTEST and machine.pythons[-1].endswith(".venv/bin/python")
+    assert machine.run(script="tests/run.sh") == [["-m", "ruff", "check", "."], PYTEST]
 
 
 def test_what_tests_run_sh_installs_suffices_for_a_python_that_is_itself_a_venv(machine):

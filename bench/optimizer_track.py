@@ -1,0 +1,145 @@
+"""The optimizer track at laptop scale: tunes each optimizer over its grid, then finds its fewest steps to a target.
+
+    python bench/optimizer_track.py grid                          every point of every grid, at equal steps
+    python bench/optimizer_track.py runs --target 1.5 --seeds 5   fewest steps of each at its best point, and p
+
+Both are resumable: a run whose log, in records/optimizer_track/laptop/, is complete is not run again. The tables in
+records/optimizer_track/README.md are rewritten from the logs after each run. Points are tuned and steps are found with
+seed 0; the runs that count have the seeds 1, 2, ...
+"""
+
+import argparse
+import itertools
+import re
+import sys
+from pathlib import Path
+
+from runs import ROOT, finished, logbook, train
+from tqdm import tqdm
+
+SCRIPT = "records/optimizer_track/train.py"
+OUT = ROOT / "records" / "optimizer_track" / "laptop"
+README = OUT.parent / "README.md"
+GRIDS = {  # an optimizer's learning rate and one more hyperparameter
+    "adamw": {"lr": (0.001, 0.002, 0.004, 0.008), "beta2": (0.9, 0.95, 0.98)},
+    "muon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
+    "normuon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
+    "soap": {"lr": (0.002, 0.004, 0.008, 0.016), "beta2": (0.9, 0.95, 0.98)},
+}
+LADDER = tuple(range(200, 1201, 25))  # numbers of steps
+
+
+def log_path(name: str, point: dict[str, float], steps: int, seed: int) -> Path:
+    settings = "_".join(f"{key}-{value:g}" for key, value in point.items())
+    return OUT / f"{name}_{settings}_steps-{steps}_seed-{seed}.txt"
+
+
+def run(name: str, point: dict[str, float], steps: int, seed: int) -> logbook.Run:
+    """The run of an optimizer with these hyperparameters, from its log if that is there."""
+    path = log_path(name, point, steps, seed)
+    if not finished(path):
+        options = [word for key, value in point.items() for word in (f"--{key.replace('_', '-')}", f"{value:g}")]
+        fixed = ["--laptop", "--optimizer", name, "--steps", str(steps), "--seed", str(seed), "--val-every", "100000"]
+        train(path, SCRIPT, [*fixed, *options])
+    return finished(path)
+
+
+def points(name: str) -> list[dict[str, float]]:
+    return [dict(zip(GRIDS[name], values)) for values in itertools.product(*GRIDS[name].values())]
+
+
+def grid_losses(name: str, steps: int) -> dict[tuple[float, ...], float]:
+    """The loss at each point of an optimizer's grid that has a complete log."""
+    paths = {tuple(point.values()): log_path(name, point, steps, 0) for point in points(name)}
+    return {values: done.val_loss for values, path in paths.items() if (done := finished(path))}
+
+
+def best_point(name: str, steps: int) -> dict[str, float]:
+    losses = grid_losses(name, steps)
+    return dict(zip(GRIDS[name], min(losses, key=losses.get)))
+
+
+def shown_point(point: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in point.items())
+
+
+def grid_table(name: str, steps: int) -> str:
+    """The losses over an optimizer's grid as a Markdown table, the best in bold, and whether it is on the edge."""
+    (first, rates), (second, columns) = GRIDS[name].items()
+    losses, best = grid_losses(name, steps), best_point(name, steps)
+    lines = [f"**{name}**, {steps} steps", "", f"| {first} | " + " | ".join(f"{second} {c:g}" for c in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for rate in rates:
+        cells = (f"{losses[rate, c]:.4f}" if (rate, c) in losses else "-" for c in columns)
+        marked = (f"**{cell}**" if (rate, c) == tuple(best.values()) else cell for c, cell in zip(columns, cells))
+        lines.append(f"| {rate:g} | " + " | ".join(marked) + " |")
+    edges = [key for key, values in GRIDS[name].items() if best[key] in (values[0], values[-1])]
+    where = f"on the grid's edge in {' and '.join(edges)}" if edges else "inside the grid"
+    left = f"; {len(points(name)) - len(losses)} points to come" if len(losses) < len(points(name)) else ""
+    return "\n".join([*lines, "", f"Best: {shown_point(best)}, {where}{left}.", ""])
+
+
+def write(section: str, text: str) -> None:
+    """Puts a text between the two markers of a section of the README."""
+    markers = re.compile(rf"(<!-- {section} -->\n)(.*?)(<!-- end of {section} -->)", re.DOTALL)
+    readme = markers.sub(lambda match: match[1] + text + match[3], README.read_text(encoding="utf-8"))
+    README.write_text(readme, encoding="utf-8")
+
+
+def grid(steps: int) -> None:
+    """Runs every point of every grid; writes the tables."""
+    for name, point in tqdm([(each, point) for each in GRIDS for point in points(each)], "grid", disable=None):
+        run(name, point, steps, seed=0)
+        write("grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
+
+
+def search(name: str, point: dict[str, float], target: float) -> int:
+    """The place on the ladder of the fewest steps that reach the target with seed 0, by bisection; its length: none."""
+    low, high = -1, len(LADDER)  # the one below fails, the other reaches it
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if run(name, point, LADDER[middle], 0).val_loss <= target else (middle, high)
+    return high
+
+
+def result(name: str, point: dict[str, float], target: float, seeds: int) -> str:
+    """Climbs the ladder from where seed 0 reaches the target until the other seeds' mean does, with p < 0.01."""
+    for steps in LADDER[search(name, point, target) :]:
+        sample = logbook.loss_sample([run(name, point, steps, seed) for seed in range(1, seeds + 1)])
+        p = logbook.p_at_most(sample, target)
+        if p is not None and p < logbook.SIGNIFICANCE:
+            spread = f"{sample.n} | {sample.mean:.4f} | {sample.sd:.4f} | {logbook.shown_p(p)}"
+            return f"| {name} | {shown_point(point)} | {steps} | {spread} |"
+    return f"| {name} | {shown_point(point)} | more than {LADDER[-1]} | - | - | - | - |"
+
+
+def runs(grid_steps: int, target: float, seeds: int) -> None:
+    """Finds each optimizer's steps at its best point of the grid; writes the table."""
+    lines = [
+        f"Target: {target:g} nats per byte. p: that the mean loss is not below it.",
+        "",
+        "| optimizer | hyperparameters | steps | runs | mean loss | standard deviation | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in tqdm(GRIDS, "runs", disable=None):
+        lines.append(result(name, best_point(name, grid_steps), target, seeds))
+        write("runs", "\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("grid", "runs"), help="runs: what is missing of the grids first")
+    parser.add_argument("--grid-steps", type=int, default=500, help="steps of each run of the grids (default: 500)")
+    parser.add_argument("--target", type=float, help="loss to reach, in nats per byte")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each optimizer (default: 5)")
+    arguments = parser.parse_args()
+    if arguments.what == "runs" and (arguments.target is None or arguments.seeds < 2):
+        parser.error("runs needs --target, and at least two --seeds")
+    grid(arguments.grid_steps)
+    if arguments.what == "runs":
+        runs(arguments.grid_steps, arguments.target, arguments.seeds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

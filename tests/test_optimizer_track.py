@@ -131,6 +131,7 @@ def test_losses_equal_a_naive_forward():
 def test_full_size_has_the_parameters_of_its_description():
     with torch.device("meta"):
         model = track.GPT(track.Settings())
+        assert model(torch.zeros(2, 1025, dtype=torch.long)).shape == (2, 1024)
     block = 12 * 768**2 + (3 + 1 + 4 + 1) * 768 + 2 * 768
     assert sum(p.numel() for p in model.parameters()) == 12 * block + (2 * 768 + 1) * 50304 + 2 * 768
     settings = track.Settings()

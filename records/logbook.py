@@ -1034,9 +1034,9 @@ def set_x_axis(matplotlib, axes, visible: list[list[float]]) -> None:
 
 def draw_target(axes, target: float) -> None:
     axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
-    # Below the line and on the right is where curves that end at the target are not.
-    place = {"xy": (1, target), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(f"target {target:g}", xytext=(-3, -7), ha="right", va="top", color="0.3", fontsize=9, **place)
+    # Below the line and on the left is where curves are not, wherever they end.
+    place = {"xy": (0, target), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"target {target:g}", xytext=(5, -5), ha="left", va="top", color="0.3", fontsize=9, **place)
 
 
 def draw_ends(axes, drawn: list[Curve], target: float, unit: str, unit_ms: float) -> None:

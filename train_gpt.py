@@ -603,6 +603,7 @@ def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tupl
 
     The gradient is in the logits' type, or with `fp8` in e5m2, divided by LOGIT_GRAD_SCALE.
     """
+    logits = logits.contiguous()
     losses, grads = loss_outputs(logits, targets, weights, fp8)
     scale = LOGIT_GRAD_SCALE if fp8 else 1.0
     loss_kernel[(len(logits),)](
@@ -646,7 +647,7 @@ def _(source, out, add):
 def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """The transpose of a matrix, contiguous: new, or in place of what is in `out`, or added to that."""
     out = source.new_empty(source.size(1), source.size(0)) if out is None else out
-    if has_kernels(out):
+    if has_kernels(out) and out.is_contiguous():
         transpose_op(source, out, add)
     else:
         out.add_(source.T) if add else out.copy_(source.T)

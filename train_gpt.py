@@ -1483,6 +1483,10 @@ class Optimizer:
         all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
         return whole
 
+    def on_rank_0(self, whole: Tensor) -> Tensor | None:
+        """A copy on the CPU for the rank that saves it."""
+        return whole.cpu() if self.rank == 0 else None
+
     def untie(self) -> None:
         """From here on `embed` has an Adam of its own, which begins as a transposed copy of the head's [51, 53]."""
         self.tied = False
@@ -1491,15 +1495,18 @@ class Optimizer:
             self.state["embed"][key].copy_(self.share(self.gather("lm_head", part).T))
 
     def state_dict(self) -> dict:
-        """All state, whole and on the CPU, whatever the number of ranks; and the gradients that wait for Adam."""
+        """All state, whole and on the CPU, whatever the number of ranks; and the gradients that wait for Adam.
+
+        All ranks take part in it, and rank 0 alone has it.
+        """
         states = {
-            name: {key: self.gather(name, part).cpu() for key, part in state.items()}
+            name: {key: self.on_rank_0(self.gather(name, part)) for key, part in state.items()}
             for name, state in self.state.items()
         }
         grads = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
         for grad in grads.values() if self.world_size > 1 else ():
             dist.all_reduce(grad, op=dist.ReduceOp.AVG)
-        grads = {name: grad.cpu() for name, grad in grads.items()}
+        grads = {name: self.on_rank_0(grad) for name, grad in grads.items()}
         return {"states": states, "grads": grads, "updates": dict(self.updates), "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:
@@ -2007,17 +2014,18 @@ def peak_memory(device: torch.device) -> str:
 
 def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer) -> None:
     """Writes `logs/<run id>_step000010.pt`, whole or not at all; a disk that is full does not end the run."""
+    optimizer_state = optimizer.state_dict()  # on all ranks, since each has a part
+    if not log.file:
+        return
     state = {
         "settings": to_json(settings),
         "dtype": str(model.embed.dtype),
         "step": step,
         "train_time_ms": milliseconds,
         "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
-        "optimizer": optimizer.state_dict(),  # on all ranks, since each has a part
+        "optimizer": optimizer_state,
         "rng": torch.get_rng_state(),
     }
-    if not log.file:
-        return
     path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
     unfinished = path.with_suffix(".tmp")
     try:
@@ -2085,8 +2093,9 @@ class Losses:
     both are known at once; on CUDA they are looked at eight steps later, when they have long arrived.
     """
 
-    def __init__(self, world: World, clock: Clock):
+    def __init__(self, steps: int, world: World, clock: Clock):
         self.world, self.clock, self.cuda = world, clock, world.device.type == "cuda"
+        self.host = torch.zeros(steps, 2, pin_memory=self.cuda)
         self.pending: collections.deque = collections.deque()  # step, loss and flag on the host, and when
 
     def record(self, step: int, loss: Tensor, stop: bool) -> None:
@@ -2094,7 +2103,7 @@ class Losses:
         pair = torch.stack((loss, torch.full_like(loss, stop)))
         if self.world.size > 1:
             dist.all_reduce(pair)
-        host = torch.empty(2, pin_memory=True).copy_(pair, non_blocking=True) if self.cuda else pair
+        host = self.host[step - 1].copy_(pair, non_blocking=True)
         self.pending.append((step, host, self.clock.mark()))
 
     def known(self, all_of_them: bool = False):
@@ -2217,11 +2226,12 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
         log.close()
 
 
-def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start=(0, 0.0)) -> None:
+def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start) -> None:
     """Steps and validations, from a step and its training time on. Nothing in a step waits for the device."""
     total, own, first = settings.total_steps, settings.slices // world.size, start[0]
     clock = Clock(world.device, start[1])
-    losses = Losses(world, clock)
+    losses = Losses(total, world, clock)
+    tokens_at = list(itertools.accumulate(batch.length * settings.slices for batch in plan))
     stopping = False
 
     def check_finite(step: int, loss: float) -> None:
@@ -2234,7 +2244,7 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
         stopping = False
         for step, loss, milliseconds, stops in known:
             check_finite(step, loss)
-            speed = sum(batch.length * settings.slices for batch in plan[:step]) / milliseconds * 1000
+            speed = tokens_at[step - 1] / milliseconds * 1000
             share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
             log.loss(step, "train_loss", loss, milliseconds, status)

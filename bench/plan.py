@@ -7,13 +7,11 @@ On a GPU, `--measure` also runs the largest stage's steps with each number of sl
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from runs import command
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train_gpt  # noqa: E402
+import train_gpt
 
 CARDS = (80, 48, 24, 16)  # GB, of which a tenth is left to CUDA, the compiler's scratch and fragmentation
 SLICES = (8, 16, 32, 64)
@@ -61,8 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except train_gpt.UserError as error:
-        print(f"plan.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

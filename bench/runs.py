@@ -1,4 +1,4 @@
-"""What the resumable drivers of this folder share: one training run, kept when its log is complete."""
+"""What the programs of this folder share: how one ends, and training runs that are kept when their log is complete."""
 
 import itertools
 import re
@@ -6,12 +6,23 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 
 import logbook  # noqa: E402
+import train_gpt  # noqa: E402
+
+
+def command(main: Callable[[], None]) -> None:
+    """Calls a program's work; a user's mistake is one line, and exit status 2."""
+    try:
+        main()
+    except train_gpt.UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def finished(path: Path) -> logbook.Run | None:

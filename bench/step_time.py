@@ -11,14 +11,11 @@ import time
 
 BEGIN = time.perf_counter()
 
-import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
+from runs import command  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt  # noqa: E402
 
@@ -103,8 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except train_gpt.UserError as error:
-        print(f"step_time.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -59,7 +59,7 @@ def test_a_step_does_not_wait_for_the_device_and_compiles_nothing():
     world = train_gpt.World(0, 1, CUDA)
     model, objective, optimizer = train_gpt.build(settings, world)
     train_gpt.warm_up(settings, model, objective, optimizer, world)
-    losses = train_gpt.Losses(world, train_gpt.Clock(CUDA))
+    losses = train_gpt.Losses(settings.total_steps, world, train_gpt.Clock(CUDA))
     losses.clock.start()
     steps = (0, 1, 119, 120, 239, 240, 241)
     contexts, batches = [], []

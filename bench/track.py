@@ -4,8 +4,8 @@
     python bench/track.py search     the fewest steps with which each record reaches the target, one seed
     python bench/track.py runs       all records, interleaved, with several seeds; the table of times and tokens
 
-The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, rounded up to 0.01. All three
-are resumable: a run whose log is complete is not run again. Logs and tables go to records/tiny/.
+The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, and MARGIN, rounded up to 0.01.
+All three are resumable: a run whose log is complete is not run again. Logs and tables go to records/tiny/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT, finished, step_time, train
+from runs import ROOT, finished, side_by_side, step_time, train
 from tqdm import tqdm
 
 import train_gpt
@@ -24,8 +24,11 @@ import train_gpt
 OUT = ROOT / "records" / "tiny"
 BASELINE = "records/baseline/train_gpt2.py"
 BASELINE_SECONDS, GRID_SECONDS = 480, 100
-RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3)
-BATCHES = (1024, 2048, 4096, 8192)  # tokens a step
+RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+BATCHES = (512, 1024, 2048, 4096)  # tokens a step
+MARGIN = 0.01  # nats between the target and what seed 1 is to reach, so that the mean of several seeds lies below it
+TOLERANCE = 0.01  # nats by which a record may fall below what it is to reach: some 2 % of its steps
+SLOPE = -0.5  # nats by which the loss falls when the steps grow e times, to begin with
 CONTEXT = 256
 TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
     "smear", "bigram", "value_embeds", "skip", "mudd", "single_input",
@@ -70,10 +73,10 @@ def history(best: Record) -> list[Record]:
     ]  # fmt: skip
 
 
-def run(record: Record, path: Path, steps: int, seed: int = 1):
+def run(record: Record, path: Path, steps: int, seed: int = 1, alone: bool = True):
     """The run of a record with so many steps, from its log if that is there."""
     if not (done := finished(path)):
-        train(path, record.script, [*record.options, "--steps", str(steps), "--seed", str(seed)])
+        train(path, record.script, [*record.options, "--steps", str(steps), "--seed", str(seed)], alone)
         done = finished(path)
     return done
 
@@ -87,13 +90,17 @@ def steps_for(record: Record, seconds: float) -> int:
 
 def grid() -> Record:
     """Trains the baseline at every point; writes the table; returns the best point, which is not on the grid's edge."""
-    losses: dict[tuple[float, int], float] = {}
     points = [(rate, batch) for batch in BATCHES for rate in RATES]
-    for rate, batch in tqdm(points, "grid", disable=None):
-        record = baseline(rate, batch)
-        # The speed depends on the batch alone.
-        steps = steps_for(baseline(RATES[0], batch), GRID_SECONDS)
-        losses[rate, batch] = run(record, record.path("run.txt"), steps).val_loss
+    # The speed depends on the batch alone.
+    steps = {batch: steps_for(baseline(RATES[0], batch), GRID_SECONDS) for batch in BATCHES}
+
+    def loss(point: tuple[float, int]) -> float:
+        record = baseline(*point)
+        return run(record, record.path("run.txt"), steps[point[1]], alone=False).val_loss
+
+    losses: dict[tuple[float, int], float] = {}
+    for point, found in zip(points, side_by_side(loss, points, "grid")):
+        losses[point] = found
         text = grid_table(losses)
         (OUT / "grid" / "README.md").write_text(text)
     best = min(losses, key=losses.get)
@@ -120,20 +127,34 @@ def grid_table(losses: dict[tuple[float, int], float]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def fewest_steps(record: Record, aim: float, limit: int) -> int:
+    """The steps after which a record's loss is at most `aim`, and by less than TOLERANCE, with seed 1.
+
+    The loss is taken as linear in the logarithm of the steps, through the two runs that came closest.
+    """
+    losses, steps = {}, limit // 3
+    while True:
+        losses[steps] = run(record, record.path("search", f"{steps}.txt"), steps, alone=False).val_loss
+        if aim - TOLERANCE <= losses[steps] <= aim:
+            return steps
+        near, other = (sorted(losses, key=lambda n: abs(losses[n] - aim)) + [None])[:2]
+        slope = (losses[near] - losses[other]) / math.log(near / other) if other else SLOPE
+        distance = (losses[near] - (aim - TOLERANCE / 2)) / min(slope, SLOPE / 4)
+        steps = min(max(math.ceil(near * math.exp(-distance)), near // 2, 8), 2 * near, limit)
+        if steps in losses:
+            reaching = [n for n, loss in losses.items() if loss <= aim]
+            return min(reaching) if reaching else sys.exit(f"track.py: {record.name}: {losses} nats, not {aim:.2f}")
+
+
 def search(records: list[Record]) -> tuple[float, dict[str, int]]:
-    """The target, and each record's fewest steps to it, to about 3 %, by one seed."""
-    first = records[0]
-    count = steps_for(first, BASELINE_SECONDS)
-    target = math.ceil(100 * run(first, first.path("search", f"{count}.txt"), count).val_loss) / 100
-    steps = {first.name: count}
-    for record in tqdm(records[1:], "search", disable=None):
-        low, high = 8, steps_for(record, BASELINE_SECONDS)
-        while high > 1.04 * low:
-            middle = round(math.sqrt(low * high))
-            loss = run(record, record.path("search", f"{middle}.txt"), middle).val_loss
-            low, high = (low, middle) if loss <= target else (middle, high)
-        steps[record.name] = high
-    return target, steps
+    """The target, and each record's fewest steps to it."""
+    limits = {record.name: steps_for(record, BASELINE_SECONDS) for record in records}
+    first, *others = records
+    count = limits[first.name]
+    loss = run(first, first.path("search", f"{count}.txt"), count, alone=False).val_loss
+    target = math.ceil(100 * (loss + MARGIN)) / 100
+    found = side_by_side(lambda each: fewest_steps(each, target - MARGIN, limits[each.name]), others, "search")
+    return target, {first.name: count, **dict(zip([each.name for each in others], found))}
 
 
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> str:

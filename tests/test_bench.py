@@ -186,7 +186,7 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     for record in track.history(best)[1:]:
         speed = 1 + sum(value != "false" for value in (*record.options, "--steps", "1", "--seed", "1")) / 20
         loss = 1 + 5 / (1 + 0.001 * speed * steps[record.name]) + 1e-4
-        assert 3.77 <= loss <= 3.78, record.name
+        assert 3.77 <= round(loss, 4) <= 3.78, record.name
     before = len(laptop)
     assert track.grid() == best and track.search(track.history(best)) == (target, steps)
     assert len(laptop) == before  # nothing is run twice

@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from runs import ROOT, finished, step_time, train
+from runs import ROOT, finished, interval, step_time, train
 from tqdm import tqdm
 
 import train_gpt
@@ -44,17 +44,6 @@ def variants() -> dict[str, tuple[str, list[str]]]:
     }
 
 
-def interval(differences: list[float]) -> str:
-    """Mean and half the width of its 95 % interval."""
-    from scipy import stats
-
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.4f}"
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.4f} ± {half:.4f}"
-
-
 def table(out: Path, seeds: int) -> str:
     """The Markdown table of all variants that have runs."""
     lines = [
@@ -69,7 +58,7 @@ def table(out: Path, seeds: int) -> str:
         if not pairs:
             continue
         loss = statistics.fmean(run.val_loss for run, _ in pairs)
-        difference = "" if name == "all" else interval([run.val_loss - other.val_loss for run, other in pairs])
+        difference = "" if name == "all" else interval([run.val_loss - other.val_loss for run, other in pairs], "+.4f")
         ratio = min(step_time(path) for path in paths.values() if finished(path)) / full
         option = " ".join(options) if len(options) <= 2 else "all of these"
         lines.append(f"| {text} | `{option}` | {len(pairs)} | {loss:.4f} | {difference} | {ratio:.2f} |")

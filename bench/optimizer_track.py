@@ -10,11 +10,10 @@ seed 0; the runs that count have the seeds 1, 2, ...
 
 import argparse
 import itertools
-import re
 import sys
 from pathlib import Path
 
-from runs import ROOT, finished, logbook, train
+from runs import ROOT, finished, logbook, put_section, train
 from tqdm import tqdm
 
 SCRIPT = "records/optimizer_track/train.py"
@@ -79,18 +78,11 @@ def grid_table(name: str, steps: int) -> str:
     return "\n".join([*lines, "", f"Best: {shown_point(best)}, {where}{left}.", ""])
 
 
-def write(section: str, text: str) -> None:
-    """Puts a text between the two markers of a section of the README."""
-    markers = re.compile(rf"(<!-- {section} -->\n)(.*?)(<!-- end of {section} -->)", re.DOTALL)
-    readme = markers.sub(lambda match: match[1] + text + match[3], README.read_text(encoding="utf-8"))
-    README.write_text(readme, encoding="utf-8")
-
-
 def grid(steps: int) -> None:
     """Runs every point of every grid; writes the tables."""
     for name, point in tqdm([(each, point) for each in GRIDS for point in points(each)], "grid", disable=None):
         run(name, point, steps, seed=0)
-        write("grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
+        put_section(README, "grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
 
 
 def search(name: str, point: dict[str, float], target: float) -> int:
@@ -123,7 +115,7 @@ def runs(grid_steps: int, target: float, seeds: int) -> None:
     ]
     for name in tqdm(GRIDS, "runs", disable=None):
         lines.append(result(name, best_point(name, grid_steps), target, seeds))
-        write("runs", "\n".join(lines) + "\n")
+        put_section(README, "runs", "\n".join(lines) + "\n")
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
-"""What the programs of this folder share: how one ends, and training runs that are kept when their log is complete."""
+"""What the programs of this folder share: how one ends, runs that are kept when their log is complete, and tables."""
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -67,3 +68,21 @@ def step_time(path: Path) -> float:
     """Milliseconds of the quickest quarter of a run's steps, which what else the machine does disturbs least."""
     times = re.findall(r"^step:\d+/\d+ train_loss:\S+ train_time:(\d+)ms", path.read_text(), re.MULTILINE)
     return statistics.quantiles((int(b) - int(a) for a, b in itertools.pairwise(times)), n=4)[0]
+
+
+def interval(values: list[float], form: str) -> str:
+    """Mean and, of more than one value, half the width of its 95 % interval by Student's t."""
+    from scipy import stats
+
+    mean, n = format(statistics.fmean(values), form), len(values)
+    if n < 2:
+        return mean
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return f"{mean} ± {format(half, form.lstrip('+'))}"
+
+
+def put_section(readme: Path, section: str, text: str) -> None:
+    """Puts a text between the two markers of a section of a README."""
+    markers = re.compile(rf"(<!-- {section} -->\n)(.*?)(<!-- end of {section} -->)", re.DOTALL)
+    old = readme.read_text(encoding="utf-8")
+    readme.write_text(markers.sub(lambda match: match[1] + text + match[3], old), encoding="utf-8")

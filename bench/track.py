@@ -5,23 +5,23 @@
     python bench/track.py runs       all records, interleaved, with several seeds; the table of times and tokens
 
 The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, and MARGIN, rounded up to 0.01.
-All three are resumable: a run whose log is complete is not run again. Logs and tables go to records/tiny/.
+All three are resumable: a run whose log is complete is not run again. Logs go to records/tiny/, tables into its README.
 """
 
 import argparse
 import math
 import re
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT, finished, side_by_side, step_time, train
+from runs import ROOT, finished, interval, logbook, put_section, side_by_side, step_time, train
 from tqdm import tqdm
 
 import train_gpt
 
 OUT = ROOT / "records" / "tiny"
+README = OUT / "README.md"
 BASELINE = "records/baseline/train_gpt2.py"
 BASELINE_SECONDS, GRID_SECONDS = 480, 100
 RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
@@ -52,11 +52,11 @@ class Record:
 
 def recipe(name: str, idea: str, without: list[str], *options: str) -> Record:
     off = [word for technique in without for word in (technique, "false")]
-    return Record(name, idea, "train_gpt.py", ("--preset", "tiny", "--val-every", "100000", *off, *options))
+    return Record(name, idea, "train_gpt.py", ("--preset", "tiny", *off, *options))
 
 
 def baseline(rate: float, batch: int) -> Record:
-    options = ("--tiny", "--context", str(CONTEXT), "--sample-tokens", "0", "--val-every", "100000")
+    options = ("--tiny", "--context", str(CONTEXT), "--sample-tokens", "0")
     name = f"grid/lr{rate:g}_batch{batch}"
     return Record(name, "GPT-2, AdamW, tuned", BASELINE, (*options, "--lr", f"{rate:g}", "--batch-tokens", str(batch)))
 
@@ -73,10 +73,12 @@ def history(best: Record) -> list[Record]:
     ]  # fmt: skip
 
 
-def run(record: Record, path: Path, steps: int, seed: int = 1, alone: bool = True):
+def run(record: Record, path: Path, steps: int, seed: int = 1, alone: bool = True, val_every: int = 0):
     """The run of a record with so many steps, from its log if that is there."""
     if not (done := finished(path)):
-        train(path, record.script, [*record.options, "--steps", str(steps), "--seed", str(seed)], alone)
+        numbers = {"steps": steps, "seed": seed, "val-every": val_every or steps}
+        options = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+        train(path, record.script, [*record.options, *options], alone)
         done = finished(path)
     return done
 
@@ -102,10 +104,9 @@ def grid() -> Record:
     for point, found in zip(points, side_by_side(loss, points, "grid")):
         losses[point] = found
         text = grid_table(losses)
-        (OUT / "grid" / "README.md").write_text(text)
+        put_section(README, "grid", text)
     best = min(losses, key=losses.get)
     edges = [best[0] in (RATES[0], RATES[-1]), best[1] in (BATCHES[0], BATCHES[-1])]
-    print(text)
     if any(edges):
         sys.exit(f"track.py: the best point, {best}, lies on the grid's edge: widen RATES or BATCHES")
     return baseline(*best)
@@ -114,9 +115,6 @@ def grid() -> Record:
 def grid_table(losses: dict[tuple[float, int], float]) -> str:
     best = min(losses, key=losses.get)
     rows = [
-        "# The baseline's grid\n",
-        f"Validation loss of the baseline (context {CONTEXT}) after about {GRID_SECONDS} s of training each, in nats",
-        "per byte, by learning rate and tokens a step. Written by `python bench/track.py grid` from the logs here.\n",
         "| learning rate | " + " | ".join(f"{batch:,} tokens" for batch in BATCHES) + " |",
         "|---" * (len(BATCHES) + 1) + "|",
     ]
@@ -157,13 +155,16 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
     return target, {first.name: count, **dict(zip([each.name for each in others], found))}
 
 
-def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> str:
-    """Runs every record with every seed, one after the other in turn; returns the table."""
+def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:
+    """Runs every record with every seed, one after the other in turn; writes the table.
+
+    Those of seed 1 are validated on the way, too, for the plot.
+    """
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for record in records:
-            run(record, record.path("run", f"{seed}.txt"), steps[record.name], seed)
-            (OUT / "table.md").write_text(table(records, target, seeds))
-    return table(records, target, seeds)
+            count = steps[record.name]
+            run(record, record.path("run", f"{seed}.txt"), count, seed, val_every=count // 8 if seed == 1 else count)
+        put_section(README, "records", table(records, target, seed))
 
 
 def tokens_of(path: Path) -> int:
@@ -176,39 +177,26 @@ def tokens_of(path: Path) -> int:
     return sum(stage.steps * stage.batch_tokens for stage in saved.all_stages)
 
 
-def interval(values: list[float], digits: int) -> str:
-    """Mean and half its 95 % interval by Student's t."""
-    from scipy import stats
-
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):,.{digits}f} ± {half:,.{digits}f}"
-
-
 def table(records: list[Record], target: float, seeds: int) -> str:
-    """The Markdown table of the records that have at least two complete runs."""
-    from scipy import stats
-
+    """The Markdown table of the records' runs with the seeds 1, 2, …; ratios of times are those of a seed's runs."""
     rows = [
-        f"Target: {target:.2f} nats per byte. Ratios are to the baseline.\n",
-        "| record | what is new | runs | loss | p (mean > target) | seconds | ratio | tokens, M | ratio |",
+        f"Target: {target:.2f} nats per byte; {seeds} runs of each record. p: that its mean is higher.\n",
+        "| record | what is new | steps | loss | p | seconds | times sooner | tokens, M | times fewer |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    base = None
+    base_times = base_tokens = None
     for record in records:
         paths = [record.path("run", f"{seed}.txt") for seed in range(1, seeds + 1)]
-        done = [(finished(path), path) for path in paths if finished(path)]
-        if len(done) < 2:
-            continue
-        losses, times = (
-            [value(each) for each, _ in done] for value in (lambda r: r.val_loss, lambda r: r.train_time_ms / 1000)
-        )
-        tokens = tokens_of(done[0][1]) / 1e6
-        base = base or (statistics.fmean(times), tokens)
-        p = stats.ttest_1samp(losses, target, alternative="less").pvalue
-        ratios = base[0] / statistics.fmean(times), base[1] / tokens
+        done = [finished(path) for path in paths]
+        times = [each.train_time_ms / 1000 for each in done]
+        tokens = tokens_of(paths[0]) / 1e6
+        base_times, base_tokens = base_times or times, base_tokens or tokens
+        losses = [each.val_loss for each in done]
+        p = logbook.shown_p(logbook.p_at_most(logbook.Sample.of(losses), target))
+        sooner = [base / mine for base, mine in zip(base_times, times)]
         rows.append(
-            f"| {record.name} | {record.idea} | {len(done)} | {interval(losses, 4)} | {p:.2g} | {interval(times, 1)} | "
-            f"{ratios[0]:.2f} | {tokens:.2f} | {ratios[1]:.2f} |"
+            f"| {record.name} | {record.idea} | {done[0].final_step:,} | {interval(losses, '.4f')} | {p} | "
+            f"{interval(times, ',.1f')} | {interval(sooner, '.2f')} | {tokens:.2f} | {base_tokens / tokens:.2f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -224,7 +212,7 @@ def main() -> int:
     target, steps = search(records)
     print(f"target {target:.2f}; steps: {steps}")
     if arguments.what == "runs":
-        print(runs(records, target, steps, arguments.seeds))
+        runs(records, target, steps, arguments.seeds)
     return 0
 
 

@@ -161,7 +161,7 @@ def laptop(tmp_path, monkeypatch):
         )
         steps, seed = int(values["--steps"]), int(values["--seed"])
         rate, batch = float(values.get("--lr", 2.4e-3)), int(values.get("--batch-tokens", 2048))
-        speed = 1 if script == track.BASELINE else 1 + sum(value != "false" for value in options) / 20
+        speed = 1 if script == track.BASELINE else 2 - options.count("false") / 20
         loss = 1 + 5 / (1 + 0.001 * speed * steps) + abs(rate - 2.4e-3) + abs(batch - 2048) * 1e-5 + 1e-4 * seed
         trained.append(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +171,9 @@ def laptop(tmp_path, monkeypatch):
 
     monkeypatch.setattr(track, "train", train)
     monkeypatch.setattr(track, "OUT", tmp_path)
+    monkeypatch.setattr(track, "README", tmp_path / "README.md")
+    sections = "".join(f"<!-- {name} -->\nNot measured yet.\n<!-- end of {name} -->\n" for name in ("records", "grid"))
+    track.README.write_text(sections)
     monkeypatch.setattr(track, "BASELINE_SECONDS", 8)
     monkeypatch.setattr(track, "GRID_SECONDS", 1)
     return trained
@@ -179,26 +182,41 @@ def laptop(tmp_path, monkeypatch):
 def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop, tmp_path):
     best = track.grid()
     assert best == track.baseline(2.4e-3, 2048)
-    assert "**" in (tmp_path / "grid" / "README.md").read_text()
     target, steps = track.search(track.history(best))
     # 800 steps of 10 ms: a loss of 1 + 5 / 1.8 and a bit, and the margin.
     assert steps["0_baseline"] == 800 and target == 3.79
     for record in track.history(best)[1:]:
-        speed = 1 + sum(value != "false" for value in (*record.options, "--steps", "1", "--seed", "1")) / 20
-        loss = 1 + 5 / (1 + 0.001 * speed * steps[record.name]) + 1e-4
+        loss = 1 + 5 / (1 + 0.001 * (2 - record.options.count("false") / 20) * steps[record.name]) + 1e-4
         assert 3.77 <= round(loss, 4) <= 3.78, record.name
     before = len(laptop)
     assert track.grid() == best and track.search(track.history(best)) == (target, steps)
     assert len(laptop) == before  # nothing is run twice
-    text = track.runs(track.history(best), target, steps, 3)
+    track.runs(track.history(best), target, steps, 3)
     assert len(laptop) == before + 6 * 3
-    rows = [row.split(" | ") for row in text.splitlines()[4:]]
-    assert len(rows) == 6
-    for row, record in zip(rows, track.history(best)):
-        assert row[0] == f"| {record.name}" and row[2] == "3"
-        assert float(row[6]) == pytest.approx(800 / steps[record.name], abs=0.01)
-        assert float(row[5].split()[0]) == pytest.approx(steps[record.name] / 100, abs=0.051)
-        assert float(row[7]) == pytest.approx(steps[record.name] * 2048 / 1e6, abs=0.0051)
+    text = (tmp_path / "README.md").read_text()
+    assert "**5." in text and "Not measured" not in text and "3.79 nats per byte; 3 runs" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if re.match(r"\| \d_", line)]
+    assert [row[0] for row in rows] == [record.name for record in track.history(best)]
+    for name, _, count, loss, p, seconds, sooner, tokens, fewer in rows:
+        assert int(count) == steps[name]
+        # A step takes 10 ms, and losses rise by 1e-4 from seed to seed: a half interval of 4.3027 * 1e-4 / sqrt(3).
+        assert loss.endswith(" ± 0.0002") and float(loss.split()[0]) <= 3.7802 and float(p) < 0.01
+        assert seconds.split()[1:] == ["±", "0.0"] and float(seconds.split()[0]) == pytest.approx(
+            steps[name] / 100, abs=0.051
+        )
+        assert float(sooner.split()[0]) == pytest.approx(800 / steps[name], abs=0.01)
+        assert float(tokens) == pytest.approx(steps[name] * 2048 / 1e6, abs=0.0051)
+        assert float(fewer) == pytest.approx(800 / steps[name], abs=0.01)
+
+
+def test_times_are_compared_with_the_baseline_of_the_same_seed(laptop):
+    records = track.history(track.baseline(2.4e-3, 2048))[:2]
+    for record, times in zip(records, ([10, 20], [5, 5])):
+        for seed, milliseconds in enumerate(times, 1):
+            track.run(record, path := record.path("run", f"{seed}.txt"), 100, seed)
+            path.write_text(re.sub(r"train_time:\d+ms", f"train_time:{100 * milliseconds}ms", path.read_text()))
+    # Ratios of 2 and 4: 3 +- 12.7062 * sqrt(2) / sqrt(2).
+    assert "| 3.00 ± 12.71 |" in track.table(records, 3.79, 2).splitlines()[-1]
 
 
 def test_best_point_on_the_edge_of_the_grid_is_a_mistake(laptop, monkeypatch):

@@ -26,8 +26,8 @@ BASELINE = "records/baseline/train_gpt2.py"
 BASELINE_SECONDS, GRID_SECONDS = 480, 100
 RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
 BATCHES = (512, 1024, 2048, 4096)  # tokens a step
-MARGIN = 0.01  # nats between the target and what seed 1 is to reach, so that the mean of several seeds lies below it
-TOLERANCE = 0.01  # nats by which a record may fall below what it is to reach: some 2 % of its steps
+MARGIN = 0.04  # nats between what seed 1 reaches and the target, so that the mean of other seeds lies clearly below it
+TOLERANCE = 0.02  # nats by which a record may fall below what it is to reach: some 5 % of its steps
 SLOPE = -0.5  # nats by which the loss falls when the steps grow e times, to begin with
 CONTEXT = 256
 TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
@@ -125,12 +125,12 @@ def grid_table(losses: dict[tuple[float, int], float]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def fewest_steps(record: Record, aim: float, limit: int) -> int:
+def fewest_steps(record: Record, aim: float, steps: int, limit: int) -> int:
     """The steps after which a record's loss is at most `aim`, and by less than TOLERANCE, with seed 1.
 
-    The loss is taken as linear in the logarithm of the steps, through the two runs that came closest.
+    Begins with a guess. The loss is taken as linear in the logarithm of the steps, through the two closest runs.
     """
-    losses, steps = {}, limit // 3
+    losses = {}
     while True:
         losses[steps] = run(record, record.path("search", f"{steps}.txt"), steps, alone=False).val_loss
         if aim - TOLERANCE <= losses[steps] <= aim:
@@ -138,7 +138,7 @@ def fewest_steps(record: Record, aim: float, limit: int) -> int:
         near, other = (sorted(losses, key=lambda n: abs(losses[n] - aim)) + [None])[:2]
         slope = (losses[near] - losses[other]) / math.log(near / other) if other else SLOPE
         distance = (losses[near] - (aim - TOLERANCE / 2)) / min(slope, SLOPE / 4)
-        steps = min(max(math.ceil(near * math.exp(-distance)), near // 2, 8), 2 * near, limit)
+        steps = min(max(math.ceil(near * math.exp(-distance)), near // 3, 8), 3 * near, limit)
         if steps in losses:
             reaching = [n for n, loss in losses.items() if loss <= aim]
             return min(reaching) if reaching else sys.exit(f"track.py: {record.name}: {losses} nats, not {aim:.2f}")
@@ -151,8 +151,14 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
     count = limits[first.name]
     loss = run(first, first.path("search", f"{count}.txt"), count, alone=False).val_loss
     target = math.ceil(100 * (loss + MARGIN)) / 100
-    found = side_by_side(lambda each: fewest_steps(each, target - MARGIN, limits[each.name]), others, "search")
-    return target, {first.name: count, **dict(zip([each.name for each in others], found))}
+
+    def found(numbered: tuple[int, Record]) -> int:
+        number, record = numbered
+        limit = limits[record.name]
+        return fewest_steps(record, target - MARGIN, limit // (number * (number + 1)), limit)
+
+    counts = side_by_side(found, enumerate(others, 1), "search")
+    return target, {first.name: count, **dict(zip([each.name for each in others], counts))}
 
 
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:

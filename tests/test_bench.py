@@ -184,23 +184,23 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     assert best == track.baseline(2.4e-3, 2048)
     target, steps = track.search(track.history(best))
     # 800 steps of 10 ms: a loss of 1 + 5 / 1.8 and a bit, and the margin.
-    assert steps["0_baseline"] == 800 and target == 3.79
+    assert steps["0_baseline"] == 800 and target == 3.82
     for record in track.history(best)[1:]:
         loss = 1 + 5 / (1 + 0.001 * (2 - record.options.count("false") / 20) * steps[record.name]) + 1e-4
-        assert 3.77 <= round(loss, 4) <= 3.78, record.name
+        assert 3.76 <= round(loss, 4) <= 3.78, record.name
     before = len(laptop)
     assert track.grid() == best and track.search(track.history(best)) == (target, steps)
     assert len(laptop) == before  # nothing is run twice
     track.runs(track.history(best), target, steps, 3)
     assert len(laptop) == before + 6 * 3
     text = (tmp_path / "README.md").read_text()
-    assert "**5." in text and "Not measured" not in text and "3.79 nats per byte; 3 runs" in text
+    assert "**5." in text and "Not measured" not in text and "3.82 nats per byte; 3 runs" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if re.match(r"\| \d_", line)]
     assert [row[0] for row in rows] == [record.name for record in track.history(best)]
     for name, _, count, loss, p, seconds, sooner, tokens, fewer in rows:
         assert int(count) == steps[name]
         # A step takes 10 ms, and losses rise by 1e-4 from seed to seed: a half interval of 4.3027 * 1e-4 / sqrt(3).
-        assert loss.endswith(" ± 0.0002") and float(loss.split()[0]) <= 3.7802 and float(p) < 0.01
+        assert loss.endswith(" ± 0.0002") and float(loss.split()[0]) <= 3.7803 and float(p) < 0.01
         assert seconds.split()[1:] == ["±", "0.0"] and float(seconds.split()[0]) == pytest.approx(
             steps[name] / 100, abs=0.051
         )
@@ -229,7 +229,7 @@ def test_best_point_on_the_edge_of_the_grid_is_a_mistake(laptop, monkeypatch):
 def test_record_that_takes_longer_than_the_baseline_is_a_mistake(laptop):
     record = track.history(track.grid())[1]
     with pytest.raises(SystemExit) as end:
-        track.fewest_steps(record, aim=1.01, limit=100)
+        track.fewest_steps(record, aim=1.01, steps=50, limit=100)
     assert record.name in str(end.value) and "not 1.01" in str(end.value)
 
 

@@ -13,8 +13,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from runs import ROOT, finished, logbook, put_section, train
-from tqdm import tqdm
+from runs import ROOT, finished, logbook, put_section, side_by_side, train
 
 SCRIPT = "records/optimizer_track/train.py"
 OUT = ROOT / "records" / "optimizer_track" / "laptop"
@@ -25,7 +24,7 @@ GRIDS = {  # an optimizer's learning rate and one more hyperparameter
     "normuon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
     "soap": {"lr": (0.002, 0.004, 0.008, 0.016), "beta2": (0.9, 0.95, 0.98)},
 }
-LADDER = tuple(range(200, 1201, 25))  # numbers of steps
+LADDER = tuple(range(100, 801, 20))  # numbers of steps
 
 
 def log_path(name: str, point: dict[str, float], steps: int, seed: int) -> Path:
@@ -39,7 +38,7 @@ def run(name: str, point: dict[str, float], steps: int, seed: int) -> logbook.Ru
     if not finished(path):
         options = [word for key, value in point.items() for word in (f"--{key.replace('_', '-')}", f"{value:g}")]
         fixed = ["--laptop", "--optimizer", name, "--steps", str(steps), "--seed", str(seed), "--val-every", "100000"]
-        train(path, SCRIPT, [*fixed, *options])
+        train(path, SCRIPT, [*fixed, *options], alone=False)
     return finished(path)
 
 
@@ -80,8 +79,8 @@ def grid_table(name: str, steps: int) -> str:
 
 def grid(steps: int) -> None:
     """Runs every point of every grid; writes the tables."""
-    for name, point in tqdm([(each, point) for each in GRIDS for point in points(each)], "grid", disable=None):
-        run(name, point, steps, seed=0)
+    everything = [(name, point, steps, 0) for name in GRIDS for point in points(name)]
+    for _ in side_by_side(lambda each: run(*each), everything, "grid"):
         put_section(README, "grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
 
 
@@ -94,10 +93,12 @@ def search(name: str, point: dict[str, float], target: float) -> int:
     return high
 
 
-def result(name: str, point: dict[str, float], target: float, seeds: int) -> str:
-    """Climbs the ladder from where seed 0 reaches the target until the other seeds' mean does, with p < 0.01."""
-    for steps in LADDER[search(name, point, target) :]:
-        sample = logbook.loss_sample([run(name, point, steps, seed) for seed in range(1, seeds + 1)])
+def result(name: str, point: dict[str, float], target: float, start: int, seeds: int) -> str:
+    """Climbs the ladder from a place on it until the mean of the other seeds reaches the target, with p < 0.01."""
+    for steps in LADDER[start:]:
+        each = [(name, point, steps, seed) for seed in range(1, seeds + 1)]
+        done = side_by_side(lambda which: run(*which), each, f"{name}, {steps} steps")
+        sample = logbook.loss_sample(list(done))
         p = logbook.p_at_most(sample, target)
         if p is not None and p < logbook.SIGNIFICANCE:
             spread = f"{sample.n} | {sample.mean:.4f} | {sample.sd:.4f} | {logbook.shown_p(p)}"
@@ -113,15 +114,17 @@ def runs(grid_steps: int, target: float, seeds: int) -> None:
         "| optimizer | hyperparameters | steps | runs | mean loss | standard deviation | p |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in tqdm(GRIDS, "runs", disable=None):
-        lines.append(result(name, best_point(name, grid_steps), target, seeds))
+    best = {name: best_point(name, grid_steps) for name in GRIDS}
+    starts = list(side_by_side(lambda name: search(name, best[name], target), GRIDS, "search"))
+    for name, start in zip(GRIDS, starts):
+        lines.append(result(name, best[name], target, start, seeds))
         put_section(README, "runs", "\n".join(lines) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("grid", "runs"), help="runs: what is missing of the grids first")
-    parser.add_argument("--grid-steps", type=int, default=500, help="steps of each run of the grids (default: 500)")
+    parser.add_argument("--grid-steps", type=int, default=300, help="steps of each run of the grids (default: 300)")
     parser.add_argument("--target", type=float, help="loss to reach, in nats per byte")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each optimizer (default: 5)")
     arguments = parser.parse_args()

@@ -168,8 +168,8 @@ class Settings:
 
 
 LAPTOP = Settings(
-    *("laptop", 257, "python data/embedded.py", 4, 128, 64, 256, 4096),
-    **{"steps": 500, "micro_batch": 16, "val_tokens": 131_072, "target": 0.0},
+    *("laptop", 257, "python data/embedded.py", 4, 128, 64, 256, 2048),
+    **{"steps": 500, "micro_batch": 8, "val_tokens": 131_072, "target": 0.0},
     **{"train_files": "data/sympy/sympy_train_*.bin", "val_files": "data/sympy/sympy_val_*.bin"},
 )
 

@@ -22,6 +22,7 @@ import train_gpt
 
 OUT = ROOT / "records" / "tiny"
 README = OUT / "README.md"
+DATE = "2026-11-21"  # of the records, in their folders' names
 BASELINE = "records/baseline/train_gpt2.py"
 BASELINE_SECONDS, GRID_SECONDS = 480, 100
 RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
@@ -46,8 +47,12 @@ class Record:
     script: str
     options: tuple[str, ...]
 
-    def path(self, kind: str, *parts) -> Path:
-        return OUT / self.name / "_".join(map(str, (kind, *parts)))
+    def tuning(self, what: str) -> Path:
+        """A log that does not count as a run of the record."""
+        return OUT / "_tuning" / self.name / f"{what}.txt"
+
+    def run(self, seed: int) -> Path:
+        return OUT / f"{DATE}_{self.name}" / f"run_{seed}.txt"
 
 
 def recipe(name: str, idea: str, without: list[str], *options: str) -> Record:
@@ -85,7 +90,7 @@ def run(record: Record, path: Path, steps: int, seed: int = 1, alone: bool = Tru
 
 def steps_for(record: Record, seconds: float) -> int:
     """How many steps a record takes in so many seconds of training, from a short run."""
-    probe = record.path("probe.txt")
+    probe = record.tuning("probe")
     run(record, probe, steps=24)
     return math.ceil(seconds * 1000 / step_time(probe))
 
@@ -98,7 +103,7 @@ def grid() -> Record:
 
     def loss(point: tuple[float, int]) -> float:
         record = baseline(*point)
-        return run(record, record.path("run.txt"), steps[point[1]], alone=False).val_loss
+        return run(record, record.tuning("run"), steps[point[1]], alone=False).val_loss
 
     losses: dict[tuple[float, int], float] = {}
     for point, found in zip(points, side_by_side(loss, points, "grid")):
@@ -132,7 +137,7 @@ def fewest_steps(record: Record, aim: float, steps: int, limit: int) -> int:
     """
     losses = {}
     while True:
-        losses[steps] = run(record, record.path("search", f"{steps}.txt"), steps, alone=False).val_loss
+        losses[steps] = run(record, record.tuning(f"search_{steps}"), steps, alone=False).val_loss
         if aim - TOLERANCE <= losses[steps] <= aim:
             return steps
         near, other = (sorted(losses, key=lambda n: abs(losses[n] - aim)) + [None])[:2]
@@ -149,7 +154,7 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
     limits = {record.name: steps_for(record, BASELINE_SECONDS) for record in records}
     first, *others = records
     count = limits[first.name]
-    loss = run(first, first.path("search", f"{count}.txt"), count, alone=False).val_loss
+    loss = run(first, first.tuning(f"search_{count}"), count, alone=False).val_loss
     target = math.ceil(100 * (loss + MARGIN)) / 100
 
     def found(numbered: tuple[int, Record]) -> int:
@@ -169,7 +174,7 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for record in records:
             count = steps[record.name]
-            run(record, record.path("run", f"{seed}.txt"), count, seed, val_every=count // 8 if seed == 1 else count)
+            run(record, record.run(seed), count, seed, val_every=count // 8 if seed == 1 else count)
         put_section(README, "records", table(records, target, seed))
 
 
@@ -192,7 +197,7 @@ def table(records: list[Record], target: float, seeds: int) -> str:
     ]
     base_times = base_tokens = None
     for record in records:
-        paths = [record.path("run", f"{seed}.txt") for seed in range(1, seeds + 1)]
+        paths = [record.run(seed) for seed in range(1, seeds + 1)]
         done = [finished(path) for path in paths]
         times = [each.train_time_ms / 1000 for each in done]
         tokens = tokens_of(paths[0]) / 1e6
@@ -200,8 +205,9 @@ def table(records: list[Record], target: float, seeds: int) -> str:
         losses = [each.val_loss for each in done]
         p = logbook.shown_p(logbook.p_at_most(logbook.Sample.of(losses), target))
         sooner = [base / mine for base, mine in zip(base_times, times)]
+        link = f"[{record.name}]({record.run(1).parent.name})"
         rows.append(
-            f"| {record.name} | {record.idea} | {done[0].final_step:,} | {interval(losses, '.4f')} | {p} | "
+            f"| {link} | {record.idea} | {done[0].final_step:,} | {interval(losses, '.4f')} | {p} | "
             f"{interval(times, ',.1f')} | {interval(sooner, '.2f')} | {tokens:.2f} | {base_tokens / tokens:.2f} |"
         )
     return "\n".join(rows) + "\n"

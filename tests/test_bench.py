@@ -195,9 +195,9 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     assert len(laptop) == before + 6 * 3
     text = (tmp_path / "README.md").read_text()
     assert "**5." in text and "Not measured" not in text and "3.82 nats per byte; 3 runs" in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if re.match(r"\| \d_", line)]
-    assert [row[0] for row in rows] == [record.name for record in track.history(best)]
-    for name, _, count, loss, p, seconds, sooner, tokens, fewer in rows:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| [")]
+    assert [row[0] for row in rows] == [f"[{name}](2026-11-21_{name})" for name in steps]
+    for name, (_, _, count, loss, p, seconds, sooner, tokens, fewer) in zip(steps, rows):
         assert int(count) == steps[name]
         # A step takes 10 ms, and losses rise by 1e-4 from seed to seed: a half interval of 4.3027 * 1e-4 / sqrt(3).
         assert loss.endswith(" ± 0.0002") and float(loss.split()[0]) <= 3.7803 and float(p) < 0.01
@@ -213,7 +213,7 @@ def test_times_are_compared_with_the_baseline_of_the_same_seed(laptop):
     records = track.history(track.baseline(2.4e-3, 2048))[:2]
     for record, times in zip(records, ([10, 20], [5, 5])):
         for seed, milliseconds in enumerate(times, 1):
-            track.run(record, path := record.path("run", f"{seed}.txt"), 100, seed)
+            track.run(record, path := record.run(seed), 100, seed)
             path.write_text(re.sub(r"train_time:\d+ms", f"train_time:{100 * milliseconds}ms", path.read_text()))
     # Ratios of 2 and 4: 3 +- 12.7062 * sqrt(2) / sqrt(2).
     assert "| 3.00 ± 12.71 |" in track.table(records, 3.79, 2).splitlines()[-1]

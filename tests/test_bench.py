@@ -160,9 +160,9 @@ def laptop(tmp_path, monkeypatch):
             dict(zip(options[::2], options[1::2])) if len(options) % 2 == 0 else dict(zip(options[1::2], options[2::2]))
         )
         steps, seed = int(values["--steps"]), int(values["--seed"])
-        rate, batch = float(values.get("--lr", 2.4e-3)), int(values.get("--batch-tokens", 2048))
+        rate, batch = float(values.get("--lr", 2.4e-3)), int(values.get("--batch-tokens", 1024))
         speed = 1 if script == track.BASELINE else 2 - options.count("false") / 20
-        loss = 1 + 5 / (1 + 0.001 * speed * steps) + abs(rate - 2.4e-3) + abs(batch - 2048) * 1e-5 + 1e-4 * seed
+        loss = 1 + 5 / (1 + 0.001 * speed * steps) + abs(rate - 2.4e-3) + abs(batch - 1024) * 1e-5 + 1e-4 * seed
         trained.append(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_log(path, loss, [10], steps=steps, total=steps)
@@ -181,7 +181,7 @@ def laptop(tmp_path, monkeypatch):
 
 def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop, tmp_path):
     best = track.grid()
-    assert best == track.baseline(2.4e-3, 2048)
+    assert best == track.baseline(2.4e-3, 1024)
     target, steps = track.search(track.history(best))
     # 800 steps of 10 ms: a loss of 1 + 5 / 1.8 and a bit, and the margin.
     assert steps["0_baseline"] == 800 and target == 3.82
@@ -205,12 +205,12 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
             steps[name] / 100, abs=0.051
         )
         assert float(sooner.split()[0]) == pytest.approx(800 / steps[name], abs=0.01)
-        assert float(tokens) == pytest.approx(steps[name] * 2048 / 1e6, abs=0.0051)
+        assert float(tokens) == pytest.approx(steps[name] * 1024 / 1e6, abs=0.0051)
         assert float(fewer) == pytest.approx(800 / steps[name], abs=0.01)
 
 
 def test_times_are_compared_with_the_baseline_of_the_same_seed(laptop):
-    records = track.history(track.baseline(2.4e-3, 2048))[:2]
+    records = track.history(track.baseline(2.4e-3, 1024))[:2]
     for record, times in zip(records, ([10, 20], [5, 5])):
         for seed, milliseconds in enumerate(times, 1):
             track.run(record, path := record.run(seed), 100, seed)

@@ -15,6 +15,10 @@ fi
 if [ -x .venv/bin/python ] && serves .venv/bin/python; then
     PYTHON=.venv/bin/python
 elif ! serves "$PYTHON"; then
+    version=$("$PYTHON" -V 2>&1)
+    case "$version" in
+        "Python 2."* | "Python 3."[0-9].*) echo "$version is too old: install Python 3.10 or newer" >&2; exit 2 ;;
+    esac
     echo "setting up .venv from requirements.txt (once; some minutes, most of it PyTorch)"
     "$PYTHON" -m venv .venv
     PYTHON=.venv/bin/python

@@ -2,7 +2,7 @@
 
     python bench/track.py grid       the baseline's grid of learning rate and batch, on shortened runs
     python bench/track.py search     the fewest steps with which each record reaches the target, one seed
-    python bench/track.py runs       all records, interleaved, with several seeds; the table of times and tokens
+    python bench/track.py runs       all records, interleaved, with several seeds; the table and the picture
 
 The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, and MARGIN, rounded up to 0.01.
 All three are resumable: a run whose log is complete is not run again. Logs go to records/tiny/, tables into its README.
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import train_gpt
 
 OUT = ROOT / "records" / "tiny"
-README = OUT / "README.md"
+README, PRESET = OUT / "README.md", OUT / "_preset" / "run.txt"
 DATE = "2026-11-21"  # of the records, in their folders' names
 BASELINE = "records/baseline/train_gpt2.py"
 BASELINE_SECONDS, GRID_SECONDS = 480, 100
@@ -167,15 +167,38 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
 
 
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:
-    """Runs every record with every seed, one after the other in turn; writes the table.
+    """Runs every record with every seed, one after the other in turn, and the preset; writes the table, and draws.
 
-    Those of seed 1 are validated on the way, too, for the plot.
+    Those of seed 1 are validated on the way, too, for the picture.
     """
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for record in records:
             count = steps[record.name]
             run(record, record.run(seed), count, seed, val_every=count // 8 if seed == 1 else count)
         put_section(README, "records", table(records, target, seed))
+    settings, _ = train_gpt.parse_arguments(["--preset", "tiny"])
+    run(recipe("preset", "", []), PRESET, settings.total_steps, val_every=25)
+    draw([records[0].run(1), records[-1].run(1), PRESET], target)
+
+
+def draw(logs: list[Path], target: float) -> None:
+    """The main README's picture: loss against training time of the baseline, of the recipe, and of the whole preset."""
+    matplotlib = logbook.load_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(target, color="0.5", linestyle="--", linewidth=1)
+    labels = "GPT-2, AdamW, tuned", "the recipe, as short as it takes", "the recipe, preset tiny"
+    for path, label, color in zip(logs, labels, ("0.45", "tab:orange", "tab:blue"), strict=True):
+        done = finished(path)
+        seconds, losses = [each / 1000 for each in done.times_ms[1:]], done.losses[1:]
+        axes.plot(seconds, losses, "o-", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": color}
+        axes.annotate(f"{label}\n{losses[-1]:.2f} after {seconds[-1]:,.0f} s", (seconds[-1], losses[-1]), **place)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.25)  # room for the labels
+    axes.set_xlabel("training time in seconds, two CPU cores")
+    axes.set_ylabel("validation loss, nats per byte")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(OUT / "plot.png", dpi=160)
 
 
 def tokens_of(path: Path) -> int:

@@ -172,6 +172,7 @@ def laptop(tmp_path, monkeypatch):
     monkeypatch.setattr(track, "train", train)
     monkeypatch.setattr(track, "OUT", tmp_path)
     monkeypatch.setattr(track, "README", tmp_path / "README.md")
+    monkeypatch.setattr(track, "PRESET", tmp_path / "_preset" / "run.txt")
     sections = "".join(f"<!-- {name} -->\nNot measured yet.\n<!-- end of {name} -->\n" for name in ("records", "grid"))
     track.README.write_text(sections)
     monkeypatch.setattr(track, "BASELINE_SECONDS", 8)
@@ -192,7 +193,8 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     assert track.grid() == best and track.search(track.history(best)) == (target, steps)
     assert len(laptop) == before  # nothing is run twice
     track.runs(track.history(best), target, steps, 3)
-    assert len(laptop) == before + 6 * 3
+    assert len(laptop) == before + 6 * 3 + 1
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "README.md").read_text()
     assert "**5." in text and "Not measured" not in text and "3.82 nats per byte; 3 runs" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| [")]

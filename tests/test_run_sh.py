@@ -23,6 +23,7 @@ here=$(cd "$(dirname "$name")" && pwd)
 case "${{1-}} ${{2-}}" in
     "- ") cat > /dev/null; [ -e "$here/serves" ] ;;
     "-c "*) [ -e "$here/serves_tests" ] ;;
+    "-V ") printf 'Python %s\\n' "${{VERSION:-3.12.4}}" ;;
     "-m venv") for folder in "$@"; do :; done
         mkdir -p "$folder/bin"; cp "$name" "$folder/bin/python"
         case "$*" in *--system-site-packages*) cp "$here/serves" "$folder/bin/serves" ;; esac ;;
@@ -75,7 +76,7 @@ class Machine:
         calls = [line.split("\0")[:-1] for line in self.calls_file.read_text().splitlines()]
         self.pythons = [name for name, _, *_ in calls]
         assert {folder for _, folder, *_ in calls} <= {str(self.project)}
-        return [call for _, _, *call in calls if call[0] not in ("-", "-c")]
+        return [call for _, _, *call in calls if call[0] not in ("-", "-c", "-V")]
 
     def train(self, *arguments, **how):
         """The call of train_gpt.py, the last one."""
@@ -284,6 +285,14 @@ def test_machine_without_python_is_told_what_to_install(machine):
     (machine.bin / "python3").unlink()
     assert machine.run(status=2) == []
     assert "python" in machine.stderr.lower() and machine.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("version, serves", [("2.7.18", False), ("3.9.21", False), ("3.10.2", True), ("3.14.0", True)])
+def test_python_that_is_too_old_is_named(version, serves, machine):
+    (machine.bin / "serves").unlink()
+    calls = machine.run(status=0 if serves else 2, VERSION=version)
+    assert bool(calls) == serves
+    assert machine.stderr == ("" if serves else f"Python {version} is too old: install Python 3.10 or newer\n")
 
 
 def test_python_by_its_other_name_will_do(machine):

@@ -169,16 +169,17 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:
     """Runs every record with every seed, one after the other in turn, and the preset; writes the table, and draws.
 
-    Those of seed 1 are validated on the way, too, for the picture.
+    What is drawn is validated on the way, too.
     """
+    drawn = [records[0].run(1), records[-1].run(1), PRESET]
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for record in records:
-            count = steps[record.name]
-            run(record, record.run(seed), count, seed, val_every=count // 8 if seed == 1 else count)
+            path, count = record.run(seed), steps[record.name]
+            run(record, path, count, seed, val_every=count // 8 if path in drawn else count)
         put_section(README, "records", table(records, target, seed))
     settings, _ = train_gpt.parse_arguments(["--preset", "tiny"])
     run(recipe("preset", "", []), PRESET, settings.total_steps, val_every=25)
-    draw([records[0].run(1), records[-1].run(1), PRESET], target)
+    draw(drawn, target)
 
 
 def draw(logs: list[Path], target: float) -> None:

@@ -33,8 +33,8 @@ SLOPE = -0.5  # nats by which the loss falls when the steps grow e times, to beg
 CONTEXT = 256
 TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
     "smear", "bigram", "value_embeds", "skip", "mudd", "single_input",
-    "paired_heads", "key_offset", "xsa", "attention_gate", "head_pairs",
     "yarn", "multi_token", "length_schedule", "extension_windows", "long_validation",
+    "paired_heads", "key_offset", "xsa", "attention_gate", "head_pairs",
 )]  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def history(best: Record) -> list[Record]:
         recipe("1_modern", "rotary, QK norm, ReLU^2, softcap, whole documents", TECHNIQUES, "--muon", "false"),
         recipe("2_normuon", "NorMuon for the matrices", TECHNIQUES),
         recipe("3_embeddings", "smear, bigram and value embeddings, skips, MUDD", TECHNIQUES[6:]),
-        recipe("4_attention", "paired heads, key offset, XSA, gates", TECHNIQUES[11:]),
-        recipe("5_recipe", "YaRN, multi-token prediction, schedules of length and windows", []),
+        recipe("4_schedules", "schedules of lengths, windows and targets, with YaRN", TECHNIQUES[11:]),
+        recipe("5_recipe", "paired heads, key offset, XSA, gates", []),
     ]  # fmt: skip
 
 

@@ -185,13 +185,14 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
 def draw(logs: list[Path], target: float) -> None:
     """The main README's picture: loss against training time of the baseline, of the recipe, and of the whole preset."""
     matplotlib = logbook.load_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(9, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.axhline(target, color="0.5", linestyle="--", linewidth=1)
     labels = "GPT-2, AdamW, tuned", "the recipe, as short as it takes", "the recipe, preset tiny"
     for path, label, color in zip(logs, labels, ("0.45", "tab:orange", "tab:blue"), strict=True):
         done = finished(path)
-        seconds, losses = [each / 1000 for each in done.times_ms[1:]], done.losses[1:]
+        points = [point for point in zip(done.steps, done.times_ms, done.losses) if point[0] > 0]
+        seconds, losses = [time / 1000 for _, time, _ in points], [loss for _, _, loss in points]
         axes.plot(seconds, losses, "o-", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
         place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": color}
         axes.annotate(f"{label}\n{losses[-1]:.2f} after {seconds[-1]:,.0f} s", (seconds[-1], losses[-1]), **place)

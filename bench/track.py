@@ -179,24 +179,25 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
         put_section(README, "records", table(records, target, seed))
     settings, _ = train_gpt.parse_arguments(["--preset", "tiny"])
     run(recipe("preset", "", []), PRESET, settings.total_steps, val_every=25)
-    draw(drawn, target)
+    draw(drawn)
 
 
-def draw(logs: list[Path], target: float) -> None:
+def draw(logs: list[Path]) -> None:
     """The main README's picture: loss against training time of the baseline, of the recipe, and of the whole preset."""
     matplotlib = logbook.load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(target, color="0.5", linestyle="--", linewidth=1)
     labels = "GPT-2, AdamW, tuned", "the recipe, as short as it takes", "the recipe, preset tiny"
-    for path, label, color in zip(logs, labels, ("0.45", "tab:orange", "tab:blue"), strict=True):
+    colors, above = ("0.4", "tab:red", "tab:blue"), (0, 24, 0)
+    for path, label, color, rise in zip(logs, labels, colors, above, strict=True):
         done = finished(path)
         points = [point for point in zip(done.steps, done.times_ms, done.losses) if point[0] > 0]
         seconds, losses = [time / 1000 for _, time, _ in points], [loss for _, _, loss in points]
         axes.plot(seconds, losses, "o-", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": color}
+        place = {"xytext": (8, rise), "textcoords": "offset points", "va": "center", "color": color}
         axes.annotate(f"{label}\n{losses[-1]:.2f} after {seconds[-1]:,.0f} s", (seconds[-1], losses[-1]), **place)
     axes.set_xlim(0, axes.get_xlim()[1] * 1.25)  # room for the labels
+    axes.set_ylim(bottom=0.5)
     axes.set_xlabel("training time in seconds, two CPU cores")
     axes.set_ylabel("validation loss, nats per byte")
     axes.spines[["top", "right"]].set_visible(False)
@@ -216,7 +217,7 @@ def tokens_of(path: Path) -> int:
 def table(records: list[Record], target: float, seeds: int) -> str:
     """The Markdown table of the records' runs with the seeds 1, 2, …; ratios of times are those of a seed's runs."""
     rows = [
-        f"Target: {target:.2f} nats per byte; {seeds} runs of each record. p: that its mean is higher.\n",
+        f"Target: {target:.2f} nats per byte. Runs of each record: {seeds}. p: that its mean is higher.\n",
         "| record | what is new | steps | loss | p | seconds | times sooner | tokens, M | times fewer |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

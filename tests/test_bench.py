@@ -196,7 +196,7 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     assert len(laptop) == before + 6 * 3 + 1
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "README.md").read_text()
-    assert "**5." in text and "Not measured" not in text and "3.82 nats per byte; 3 runs" in text
+    assert "**5." in text and "Not measured" not in text and "3.82 nats per byte. Runs of each record: 3." in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| [")]
     assert [row[0] for row in rows] == [f"[{name}](2026-11-21_{name})" for name in steps]
     for name, (_, _, count, loss, p, seconds, sooner, tokens, fewer) in zip(steps, rows):

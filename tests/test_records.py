@@ -1,0 +1,195 @@
+"""The numbers in records/ and in README.md: every one is what the logs in this repository give."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "records"
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "records")]
+
+import ablate  # noqa: E402
+import plan  # noqa: E402
+import runs  # noqa: E402
+import track  # noqa: E402
+
+import logbook  # noqa: E402
+import optimizer_track  # noqa: E402
+
+
+def run_of(path: Path) -> logbook.Run:
+    (run,) = logbook.read_log(str(path)).runs
+    assert run.flaw() is None
+    return run
+
+
+def table_rows(text: str, columns: int) -> list[list[str]]:
+    """The rows of a text's Markdown tables that have so many columns, without those of heads and rules."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if len(row) == columns and not set(row[0]) <= set("-: ")]
+
+
+def without_sections(readme: Path, folder: Path, *names: str) -> Path:
+    """A copy of a README whose generated sections are empty."""
+    copy = folder / "README.md"
+    copy.write_text(readme.read_text())
+    for name in names:
+        runs.put_section(copy, name, "")
+    return copy
+
+
+@pytest.fixture
+def trains_nothing(monkeypatch):
+    def train(path, *_):
+        pytest.fail(f"{path} is not there, or not complete")
+
+    monkeypatch.setattr(track, "train", train)
+    monkeypatch.setattr(optimizer_track, "train", train)
+
+
+def test_leaderboards_are_up_to_date(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["logbook.py", "leaderboard", "--check"])
+    assert logbook.main() == 0, capsys.readouterr()
+
+
+# ---- The ablation ----------------------------------------------------------------------------------------------------
+
+
+def test_ablation_table_is_that_of_its_logs():
+    assert (RECORDS / "ablation" / "table.md").read_text() == ablate.table(RECORDS / "ablation", 3)
+
+
+def ablation() -> dict[str, str]:
+    """By option, the difference of loss without a technique, as the logs have it."""
+    rows = table_rows(ablate.table(RECORDS / "ablation", 3), 6)
+    return {re.match(r"`--(\S+)", row[1])[1]: row[4] for row in rows if row[1].startswith("`--")}
+
+
+def test_ablations_reading_says_what_its_table_does():
+    text = (RECORDS / "ablation" / "README.md").read_text()
+    rows = table_rows((RECORDS / "ablation" / "table.md").read_text(), 6)
+    given = [tuple(float(part) for part in row[4].split(" ± ")) for row in rows[2:]]
+    shown = [(float(mean), float(half)) for mean, half in re.findall(r"([+-]\d\.\d+) ± (\d\.\d+)", text)]
+    # Three decimals there, four here.
+    for mine, theirs in zip(sorted(shown), sorted(each for each in given if any(each)), strict=True):
+        assert mine == pytest.approx(theirs, abs=0.00051)
+    for number in (rows[1][3], rows[-2][3], rows[-1][3]):
+        assert f"{float(number):.3f}" in text
+
+
+def test_ablations_grid_is_that_of_its_logs():
+    text = (RECORDS / "ablation" / "README.md").read_text()
+    factors, losses = (line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| (lr ×|loss) \|", line))
+    assert len(losses) >= 4
+    for factor, loss in zip(factors, losses, strict=True):
+        run = run_of(RECORDS / "ablation" / "adam_grid" / f"adam-{factor.strip()}.txt")
+        assert float(loss) == run.val_loss
+
+
+# ---- The laptop track ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(trains_nothing, tmp_path, monkeypatch):
+    """The track's records, its target, the steps of each and the number of seeds, from the logs alone."""
+    monkeypatch.setattr(track, "README", without_sections(track.README, tmp_path, "grid", "records"))
+    records = track.history(track.grid())
+    target, steps = track.search(records)
+    return records, target, steps, len(list(records[0].run(1).parent.glob("run_*.txt")))
+
+
+def test_laptop_tracks_tables_are_those_of_its_logs(tiny, monkeypatch):
+    monkeypatch.setattr(track, "draw", lambda *_: None)
+    track.runs(*tiny)
+    assert track.README.read_text() == (RECORDS / "tiny" / "README.md").read_text()
+
+
+def test_laptop_tracks_grid_has_its_best_point_inside(tiny):
+    best = tiny[0][0].options
+    assert best[best.index("--lr") + 1] not in (f"{track.RATES[0]:g}", f"{track.RATES[-1]:g}")
+    assert best[best.index("--batch-tokens") + 1] not in (str(track.BATCHES[0]), str(track.BATCHES[-1]))
+
+
+def test_every_record_of_the_laptop_track_is_significant(tiny):
+    records, target, _, seeds = tiny
+    if seeds < 5:
+        pytest.skip(f"{seeds} of five runs of each so far")
+    for record in records:
+        sample = logbook.loss_sample([run_of(path) for path in sorted(record.run(1).parent.glob("*.txt"))])
+        assert sample.n == seeds and logbook.p_at_most(sample, target) < logbook.SIGNIFICANCE, record.name
+
+
+# ---- The optimizer track ---------------------------------------------------------------------------------------------
+
+
+def test_optimizer_tracks_tables_are_those_of_its_logs(trains_nothing, tmp_path, monkeypatch):
+    text = optimizer_track.README.read_text()
+    readme = without_sections(optimizer_track.README, tmp_path, "grid", "runs")
+    monkeypatch.setattr(optimizer_track, "README", readme)
+    if "Not measured yet" in text:
+        pytest.skip("not measured yet")
+    steps = int(re.search(r"^\*\*\w+\*\*, (\d+) steps$", text, re.MULTILINE)[1])
+    target, seeds = float(re.search(r"^Target: ([\d.]+) nats", text, re.MULTILINE)[1]), 5
+    optimizer_track.grid(steps)
+    optimizer_track.runs(steps, target, seeds)
+    assert readme.read_text() == text
+
+
+# ---- README.md -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_readme_shows_lines_of_the_presets_log(readme):
+    """But for what the log does not hold, the screen's first lines."""
+    log = track.PRESET.read_text().splitlines()
+    shown = re.search(r"\n```\nlog: .*?\n```\n", readme, re.DOTALL)[0].splitlines()
+    shown = [line for line in shown if re.match(r"step:|peak memory", line)]
+    assert len(shown) == 5 and set(shown) <= set(log)
+
+
+def test_readmes_results_are_those_of_the_logs(readme, tiny):
+    records, target, _, seeds = tiny
+    preset = run_of(track.PRESET)
+    tokens = track.tokens_of(track.PRESET)
+    results = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", readme.partition("## Results")[2], re.MULTILINE))
+    seconds = preset.train_time_ms / 1000
+    assert results["preset `tiny`, training time"] == f"{seconds:.0f} s, {preset.final_step} steps of 8,192 bytes"
+    assert tokens == preset.final_step * 8192
+    assert results["its final validation loss"] == f"{preset.val_loss:.4f} nats per byte"
+    assert results["its speed, over the run"] == f"{tokens / seconds:,.0f} bytes/s"
+    assert results["its memory"] == f"{preset.peak_memory_mib:,.0f} MiB"
+    times, tokens = [], []
+    names = f"GPT-2 with AdamW, to {target:.2f} nats per byte", "the recipe, to the same loss"
+    for record, what in zip((records[0], records[-1]), names):
+        times.append([run_of(record.run(seed)).train_time_ms / 1000 for seed in range(1, seeds + 1)])
+        tokens.append(track.tokens_of(record.run(1)))
+        assert results[what] == f"{track.interval(times[-1], '.1f')} s, {tokens[-1] / 1e6:.2f}M bytes"
+    sooner = track.interval([base / mine for base, mine in zip(*times)], ".1f")
+    claim = f"**{sooner} times sooner** and with {tokens[0] / tokens[1]:.1f} times fewer tokens"
+    assert claim in " ".join(readme.split())
+
+
+def test_readmes_techniques_have_the_ablations_numbers(readme):
+    given = ablation()
+    rows = table_rows(readme.partition("## The techniques")[2].partition("##")[0], 5)[1:]
+    options = {option for row in rows for option in re.findall(r"--([\w-]+)", row[1])}
+    assert options == set(given)
+    for _, option, numbers, _, lost in rows:
+        if lost != "nothing to do in `tiny`":
+            assert lost == given[re.match(r"`--(\S+)`", option)[1]]
+        assert re.fullmatch(r"\d+(, \d+)*", numbers)
+
+
+def test_readmes_memory_is_that_of_the_plan(readme, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan.py"])
+    plan.main()
+    estimates = dict(re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE))
+    hardware = readme.partition("## Hardware")[2].partition("\n## ")[0]
+    shown = re.findall(r"`\./run\.sh(?: --slices (\d+))?` \| ([\d.]+) GB \|", hardware)
+    assert len(shown) == 3 and all(estimates[slices or "8"] == size for slices, size in shown)

@@ -97,7 +97,8 @@ def split_at(tokens, bos):
 
 
 def files_in(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in paths if "__pycache__" not in path.parts]
 
 
 def cut_line_by_line(data, room):

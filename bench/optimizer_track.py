@@ -19,7 +19,7 @@ SCRIPT = "records/optimizer_track/train.py"
 OUT = ROOT / "records" / "optimizer_track" / "laptop"
 README = OUT.parent / "README.md"
 GRIDS = {  # an optimizer's learning rate and one more hyperparameter
-    "adamw": {"lr": (0.001, 0.002, 0.004, 0.008), "beta2": (0.9, 0.95, 0.98)},
+    "adamw": {"lr": (0.00025, 0.0005, 0.001, 0.002), "beta2": (0.8, 0.9, 0.95)},
     "muon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
     "normuon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
     "soap": {"lr": (0.002, 0.004, 0.008, 0.016), "beta2": (0.9, 0.95, 0.98)},

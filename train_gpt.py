@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
 
@@ -468,7 +468,7 @@ def symmetric_kernel(
     tl.store(out + columns * n + rows[:, None], total, upper)
 
 
-@torch.library.custom_op("train_gpt::symmetric", mutates_args=())
+@library.custom_op("train_gpt::symmetric", mutates_args=())
 def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     count, n, inner = a.shape
     out = a.new_empty(count, n, n)
@@ -523,7 +523,7 @@ def mlp_kernel(
             out.store(place, half.to(out.dtype))
 
 
-@torch.library.custom_op("train_gpt::mlp", mutates_args=())
+@library.custom_op("train_gpt::mlp", mutates_args=())
 def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, post: Tensor | None) -> Tensor:
     """relu(scale_a A scale_b B^T)^2, or with `post` 2 (A B^T) sqrt(post), in bf16: a (n, k) and b (m, k) to (n, m).
 
@@ -597,7 +597,7 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
         tl.store(grads + columns, grad.to(grads.dtype.element_ty), columns < vocab)
 
 
-@torch.library.custom_op("train_gpt::loss", mutates_args=())
+@library.custom_op("train_gpt::loss", mutates_args=())
 def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
     """Losses (T,) as `training_loss` sums them, and the gradient (T, V) of their sum by the logits, in one pass.
 
@@ -630,7 +630,7 @@ def transpose_kernel(source, out, rows, columns, ADD: constexpr, BLOCK: constexp
     tl.store(out + j * rows + i, value.to(out.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("train_gpt::transpose", mutates_args=("out",))
+@library.custom_op("train_gpt::transpose", mutates_args=("out",))
 def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
     rows, columns = source.shape
     if source.element_size() == 1:  # FP8 only moves here

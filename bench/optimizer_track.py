@@ -77,11 +77,16 @@ def grid_table(name: str, steps: int) -> str:
     return "\n".join([*lines, "", f"Best: {shown_point(best)}, {where}{left}.", ""])
 
 
+def write_grids(steps: int) -> None:
+    """Puts the grids into the README, as far as there are logs."""
+    put_section(README, "grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
+
+
 def grid(steps: int) -> None:
     """Runs every point of every grid; writes the tables."""
     everything = [(name, point, steps, 0) for name in GRIDS for point in points(name)]
     for _ in side_by_side(lambda each: run(*each), everything, "grid"):
-        put_section(README, "grid", "\n".join(grid_table(each, steps) for each in GRIDS if grid_losses(each, steps)))
+        write_grids(steps)
 
 
 def search(name: str, point: dict[str, float], target: float) -> int:

@@ -112,29 +112,30 @@ def test_laptop_tracks_grid_has_its_best_point_inside(tiny):
     assert best[best.index("--batch-tokens") + 1] not in (str(track.BATCHES[0]), str(track.BATCHES[-1]))
 
 
-def test_every_record_of_the_laptop_track_is_significant(tiny):
+def test_every_record_of_the_laptop_track_reaches_the_target(tiny):
+    """All runs that lie there count, as many of each record; five are significant."""
     records, target, _, seeds = tiny
-    if seeds < 5:
-        pytest.skip(f"{seeds} of five runs of each so far")
     for record in records:
         sample = logbook.loss_sample([run_of(path) for path in sorted(record.run(1).parent.glob("*.txt"))])
-        assert sample.n == seeds and logbook.p_at_most(sample, target) < logbook.SIGNIFICANCE, record.name
+        assert sample.n == seeds and sample.mean <= target, record.name
+        assert seeds < 5 or logbook.p_at_most(sample, target) < logbook.SIGNIFICANCE, record.name
 
 
 # ---- The optimizer track ---------------------------------------------------------------------------------------------
 
 
 def test_optimizer_tracks_tables_are_those_of_its_logs(trains_nothing, tmp_path, monkeypatch):
+    """The grids, as far as they have been run; and the results, or else that there are none."""
     text = optimizer_track.README.read_text()
-    readme = without_sections(optimizer_track.README, tmp_path, "grid", "runs")
-    monkeypatch.setattr(optimizer_track, "README", readme)
-    if "Not measured yet" in text:
-        pytest.skip("not measured yet")
+    monkeypatch.setattr(optimizer_track, "README", without_sections(optimizer_track.README, tmp_path, "grid", "runs"))
     steps = int(re.search(r"^\*\*\w+\*\*, (\d+) steps$", text, re.MULTILINE)[1])
-    target, seeds = float(re.search(r"^Target: ([\d.]+) nats", text, re.MULTILINE)[1]), 5
-    optimizer_track.grid(steps)
-    optimizer_track.runs(steps, target, seeds)
-    assert readme.read_text() == text
+    optimizer_track.write_grids(steps)
+    if counted := [path for path in optimizer_track.OUT.glob("*.txt") if not path.stem.endswith("seed-0")]:
+        seeds = max(int(path.stem.rpartition("-")[2]) for path in counted)
+        optimizer_track.runs(steps, float(re.search(r"^Target: ([\d.]+) nats", text, re.MULTILINE)[1]), seeds)
+    else:
+        runs.put_section(optimizer_track.README, "runs", "Not measured yet.\n")
+    assert optimizer_track.README.read_text() == text
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------

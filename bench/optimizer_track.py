@@ -24,7 +24,7 @@ GRIDS = {  # an optimizer's learning rate and one more hyperparameter
     "normuon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
     "soap": {"lr": (0.002, 0.004, 0.008, 0.016), "beta2": (0.9, 0.95, 0.98)},
 }
-LADDER = tuple(range(100, 801, 20))  # numbers of steps
+LADDER = tuple(range(60, 401, 20))  # numbers of steps
 
 
 def log_path(name: str, point: dict[str, float], steps: int, seed: int) -> Path:
@@ -129,7 +129,7 @@ def runs(grid_steps: int, target: float, seeds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("grid", "runs"), help="runs: what is missing of the grids first")
-    parser.add_argument("--grid-steps", type=int, default=300, help="steps of each run of the grids (default: 300)")
+    parser.add_argument("--grid-steps", type=int, default=200, help="steps of each run of the grids (default: 200)")
     parser.add_argument("--target", type=float, help="loss to reach, in nats per byte")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each optimizer (default: 5)")
     arguments = parser.parse_args()

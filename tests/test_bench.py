@@ -3,9 +3,12 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention.flex_attention import FlexKernelOptions
 
 import train_gpt
 from test_command_line import MODEL, data, launcher  # noqa: F401 (fixtures)
@@ -130,6 +133,53 @@ def test_step_time_prints_a_row_a_stage(data):  # noqa: F811
     assert re.search(r"first step after \d+ s", result.stdout)
     result = command("step_time.py", "--preset", "tiny", "--train-files", "none_*.bin")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none_*.bin" in result.stderr
+
+
+def test_attention_prints_a_cell_a_stage_and_one_for_the_validation(data):  # noqa: F811
+    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
+    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", *files)
+    result = command("attention.py", *options)
+    assert result.returncode == 0, result.stderr
+    titles, _, row = result.stdout.strip().splitlines()[-3:]
+    sizes = [f"stage {n}, 2,048 tokens" for n in (1, 2, 3)]
+    assert titles == f"| | {' | '.join([*sizes, 'validation, 1,024 tokens'])} | largest error |"
+    assert re.fullmatch(r"\| train_gpt.py \|( [\d.]+ \+ -?[\d.]+ \|){3} [\d.]+ \| \S+ \|", row)
+    assert float(row.split()[-2]) < 1e-5
+
+
+def test_options_of_flex_attention_are_those_that_pytorch_documents():
+    import attention
+
+    for sizes in attention.FLEX:
+        options = attention.flex_options(*sizes)
+        assert {name[4:] for name in options} <= set(FlexKernelOptions.__annotations__)
+        assert {name[:4] for name in options} == {"fwd_", "bwd_"}
+        assert all(train_gpt.BLOCK % size == 0 for name, size in options.items() if "BLOCK" in name)
+        assert options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"] == 0  # asserted in its kernel, both
+        assert options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"] == 0
+
+
+def test_flash_attention_sees_what_banded_attention_sees(monkeypatch):
+    import attention
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        """What PyTorch documents of the function of this name, which needs CUDA."""
+        (left, right), output = window_size, torch.empty_like(query)
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == max_k == cu_seq_q.diff().max()
+        for (first, last), (first_k, last_k) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist())):
+            q, k, v = query[first:last], key[first_k:last_k], value[first_k:last_k]
+            back = torch.arange(len(q))[:, None] - torch.arange(len(k))
+            logits = scale * torch.einsum("qhd,khd->hqk", q, k)
+            weights = logits.masked_fill((back > left) | (back < -right), -torch.inf).softmax(-1)
+            output[first:last] = torch.einsum("hqk,khd->qhd", weights, v)
+        return output
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    docs = torch.tensor([1] * 7 + [2] + [3] * 40 + [4] * 9)
+    q, k, v = torch.randn(3, len(docs), 2, 16)
+    found = attention.flash(docs, 5, torch.tensor(0.1))(q, k, v)
+    expected = train_gpt.banded_attention(q, k, v, train_gpt.banded_mask(docs, 5), torch.tensor(0.1))
+    torch.testing.assert_close(found, expected)
 
 
 def test_plan_names_the_slices_for_each_card():

@@ -18,11 +18,11 @@ from runs import ROOT, finished, logbook, put_section, side_by_side, train
 SCRIPT = "records/optimizer_track/train.py"
 OUT = ROOT / "records" / "optimizer_track" / "laptop"
 README = OUT.parent / "README.md"
-GRIDS = {  # an optimizer's learning rate and one more hyperparameter
-    "adamw": {"lr": (0.00025, 0.0005, 0.001, 0.002), "beta2": (0.8, 0.9, 0.95)},
-    "muon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
-    "normuon": {"lr": (0.01, 0.02, 0.04, 0.08), "momentum": (0.9, 0.95, 0.98)},
-    "soap": {"lr": (0.002, 0.004, 0.008, 0.016), "beta2": (0.9, 0.95, 0.98)},
+GRIDS = {  # an optimizer's learning rate and momentum
+    "adamw": {"lr": (0.001, 0.002, 0.004), "beta1": (0.0, 0.3, 0.6, 0.8)},
+    "muon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.4, 0.6, 0.7, 0.8)},
+    "normuon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.6, 0.7, 0.8, 0.9)},
+    "soap": {"lr": (0.004, 0.008, 0.016), "beta1": (0.5, 0.7, 0.9)},
 }
 LADDER = tuple(range(60, 401, 20))  # numbers of steps
 

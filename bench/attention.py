@@ -9,12 +9,12 @@ attention of train_gpt.py.
 import argparse
 import collections
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from runs import command
+from kernels import relative_error
+from runs import command, compile_or_not, stage_alone
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
@@ -78,8 +78,7 @@ def sequences(settings: train_gpt.Settings) -> Iterator[tuple[str, Tensor, tuple
 
     paths = train_gpt.find_shards(settings.train_files, settings.preset)
     for number, stage in enumerate(settings.stages, 1):
-        alone = replace(settings, stages=(replace(stage, steps=1),), extension=replace(stage, steps=1))
-        plan, _ = train_gpt.plan_batches(alone, paths)
+        plan, _ = train_gpt.plan_batches(stage_alone(settings, stage, 1), paths)
         batch = next(train_gpt.training_batches(plan[:1], settings.model, range(1)))
         yield f"stage {number}", documents(batch[0]), stage.windows, True
     sequence = train_gpt.validation_sequences(settings)[0][0]
@@ -120,8 +119,7 @@ def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows
         # Causal: the start of the output is the output of the start.
         start = [x.detach()[:CHECKED].float() for x in qkv]
         exact = train_gpt.banded_attention(*start, train_gpt.banded_mask(each[:CHECKED], width), scale)
-        got = attention(*qkv).detach()[:CHECKED].float()
-        error = max(error, ((got - exact).abs().max() / exact.abs().max()).item())
+        error = max(error, relative_error(attention(*qkv).detach()[:CHECKED], exact))
     return forward, backward, error
 
 
@@ -130,8 +128,7 @@ def main() -> None:
     _, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
-    if not settings.compile or not train_gpt.compiles():
-        torch.compiler.set_stance("force_eager")
+    compile_or_not(settings)
     dtype = train_gpt.choose_dtype(settings, world.device)
     places = list(sequences(settings))
     print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")

@@ -14,7 +14,7 @@ BEGIN = time.perf_counter()
 from dataclasses import replace  # noqa: E402
 
 import torch  # noqa: E402
-from runs import command  # noqa: E402
+from runs import command, compile_or_not, stage_alone  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train_gpt  # noqa: E402
@@ -27,8 +27,7 @@ class Runner:
 
     def __init__(self, settings: train_gpt.Settings, world: train_gpt.World):
         self.settings, self.world = settings, world
-        if not settings.compile or not train_gpt.compiles():
-            torch.compiler.set_stance("force_eager")
+        compile_or_not(settings)
         self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
         train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
         self.paths = train_gpt.find_shards(settings.train_files, settings.preset)
@@ -39,8 +38,7 @@ class Runner:
         stage = settings.all_stages[number]
         first = sum(each.steps for each in settings.all_stages[:number])
         hyper, own = train_gpt.schedule(settings, first), settings.slices // world.size
-        alone = replace(settings, stages=(replace(stage, steps=count),), extension=replace(stage, steps=1))
-        plan, _ = train_gpt.plan_batches(alone, self.paths)
+        plan, _ = train_gpt.plan_batches(stage_alone(settings, stage, count), self.paths)
         device = world.device
         rotary, length = train_gpt.rotary_state(settings, first), stage.batch_tokens // settings.slices
         context = train_gpt.make_context(settings.model, length, stage.windows, self.model.embed, rotary)

@@ -20,8 +20,8 @@ import optimizer_track  # noqa: E402
 
 
 def run_of(path: Path) -> logbook.Run:
-    (run,) = logbook.read_log(str(path)).runs
-    assert run.flaw() is None
+    run = runs.finished(path)
+    assert run, f"{path} is not complete"
     return run
 
 

@@ -22,7 +22,7 @@ GRIDS = {  # an optimizer's learning rate and momentum
     "adamw": {"lr": (0.001, 0.002, 0.004), "beta1": (0.0, 0.3, 0.6, 0.8)},
     "muon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.4, 0.6, 0.7, 0.8)},
     "normuon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.6, 0.7, 0.8, 0.9)},
-    "soap": {"lr": (0.004, 0.008, 0.016), "beta1": (0.5, 0.7, 0.9)},
+    "soap": {"lr": (0.001, 0.002, 0.004, 0.008), "beta1": (0.5, 0.7, 0.9)},
 }
 LADDER = tuple(range(60, 401, 20))  # numbers of steps
 

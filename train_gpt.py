@@ -97,14 +97,8 @@ class Stage:
     tied: bool = False  # embed is the transpose of lm_head [51]
 
 
-# What a switched-off technique leaves of its column of the network's table.
-COLUMNS = {
-    "value_embeds": ("value_embed", None),
-    "xsa": ("xsa", False),
-    "single_input": ("reads", None),
-    "skip": ("skip", None),
-    "mudd": ("mudd", False),
-}
+# The column of the network's table that a switch of `ModelConfig` empties.
+COLUMNS = {"value_embeds": "value_embed", "xsa": "xsa", "single_input": "reads", "skip": "skip", "mudd": "mudd"}
 
 
 @dataclass(frozen=True)
@@ -141,19 +135,19 @@ class ModelConfig:
     @property
     def rows(self) -> tuple[Layer, ...]:
         """The table as it is built: without the columns of the techniques that are switched off."""
-        off = dict(column for switch, column in COLUMNS.items() if not getattr(self, switch))
+        off = {column: getattr(Layer, column) for switch, column in COLUMNS.items() if not getattr(self, switch)}
         rows = (replace(layer, **off) for layer in self.layers)
         if not self.paired_heads:
             rows = (replace(row, attention=row.attention.replace("paired", "plain")) for row in rows)
         return tuple(rows)
 
-    def which(self, has: Callable[[Layer], bool]) -> tuple[int, ...]:
-        """The layers whose row has something."""
-        return tuple(i for i, row in enumerate(self.rows) if has(row))
+    def layers_with(self, column: str) -> tuple[int, ...]:
+        """The layers whose row has something in this column."""
+        return tuple(i for i, row in enumerate(self.rows) if getattr(row, column) != getattr(Layer, column))
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        return self.which(lambda row: row.attention != "none")
+        return tuple(i for i, row in enumerate(self.rows) if row.attention != "none")
 
 
 @dataclass(frozen=True)
@@ -296,44 +290,44 @@ FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/em
 
 
 @dataclass(frozen=True)
-class AdamRow:
-    """One row of Adam's table: a parameter's start, its betas, and its factors of learning rate and weight decay."""
+class ParameterRow:
+    """One row of the table of parameters; the last three are its betas, and its factors of `adam_lr` and `adam_wd`.
 
+    Banks of matrices are NorMuon's; with `--muon false` they are Adam's, like the rest. Of banks and tables each rank
+    updates a part; gates and scalars are small, and updated whole by every rank. Scalars are always float32.
+    """
+
+    kind: str  # "bank", "table", "gate", "scalar"
     start: float | str  # a constant, or what `GPT` makes of it
     betas: tuple[float, float]
     lr: float
     wd: float
-    sharded: bool = False  # each rank updates a part; small parameters are updated whole by every rank
-    float32: bool = False  # whatever the dtype of the run is
 
 
-ADAM_TABLE = {
-    "lm_head": AdamRow("normal 0.005", (0.5, 0.95), 1, 150, sharded=True),
-    "embed": AdamRow("lm_head^T", (0.5, 0.95), 1, 150, sharded=True),
-    "value_embeds": AdamRow("normal 0.01", (0.75, 0.95), 75, 5, sharded=True),
-    "bigram_table": AdamRow(0, (0.75, 0.95), 75, 5, sharded=True),
-    "resid_lambdas": AdamRow(1.1**0.5, (0.9, 0.95), 5, 0, float32=True),  # a layer makes the stream 1.1 times [45]
-    "post_lambdas": AdamRow(1, (0.9, 0.95), 1, 0, float32=True),
-    "x0_lambdas": AdamRow(0, (0.9, 0.95), 1, 0, float32=True),
-    "bigram_lambdas": AdamRow(0.05, (0.9, 0.95), 1, 0, float32=True),
-    "xsa_alphas": AdamRow(0, (0.9, 0.95), 1, 0, float32=True),
-    "qkv_lambdas": AdamRow(0.5, (0.9, 0.99), 5, 0, float32=True),
-    "out_lambdas": AdamRow(1, (0.9, 0.99), 5, 0, float32=True),
-    "smear_lambda": AdamRow(0, (0.9, 0.99), 5, 0, float32=True),
-    "skip_lambda": AdamRow(-1.5, (0.9, 0.99), 5, 0, float32=True),
-    "smear_gate": AdamRow(0, (0.9, 0.99), 0.01, 0),
-    "skip_gate": AdamRow(0, (0.9, 0.99), 0.05, 0),
-    "attention_gates": AdamRow(0, (0.9, 0.99), 1, 1),
-    "value_gates": AdamRow(0, (0.9, 0.99), 1, 1),
-    "mudd_w1": AdamRow("kaiming", (0.9, 0.99), 0.25, 1),
-    "mudd_w2": AdamRow(0, (0.9, 0.99), 0.25, 1),
-    "mudd_bias": AdamRow("effective values / 0.1", (0.9, 0.99), 0.25, 0, float32=True),
-}
-# The matrices are NorMuon's; with `--muon false` they are Adam's, like the rest, by these rows.
-MUON_TABLE = {
-    "qk_bank": AdamRow("uniform", (0.9, 0.95), 0.125, 10, sharded=True),
-    "vo_bank": AdamRow("uniform", (0.9, 0.95), 0.125, 10, sharded=True),
-    "mlp_bank": AdamRow("uniform, out 0", (0.9, 0.95), 0.125, 10, sharded=True),
+PARAMETERS = {  # those of a kind in the order in which ranks exchange them
+    "bigram_table": ParameterRow("table", 0, (0.75, 0.95), 75, 5),
+    "value_embeds": ParameterRow("table", "normal 0.01", (0.75, 0.95), 75, 5),
+    "lm_head": ParameterRow("table", "normal 0.005", (0.5, 0.95), 1, 150),
+    "embed": ParameterRow("table", "lm_head^T", (0.5, 0.95), 1, 150),
+    "qk_bank": ParameterRow("bank", "uniform", (0.9, 0.95), 0.125, 10),
+    "vo_bank": ParameterRow("bank", "uniform", (0.9, 0.95), 0.125, 10),
+    "mlp_bank": ParameterRow("bank", "uniform, out 0", (0.9, 0.95), 0.125, 10),
+    "resid_lambdas": ParameterRow("scalar", 1.1**0.5, (0.9, 0.95), 5, 0),  # a layer makes the stream 1.1 times [45]
+    "post_lambdas": ParameterRow("scalar", 1, (0.9, 0.95), 1, 0),
+    "x0_lambdas": ParameterRow("scalar", 0, (0.9, 0.95), 1, 0),
+    "bigram_lambdas": ParameterRow("scalar", 0.05, (0.9, 0.95), 1, 0),
+    "xsa_alphas": ParameterRow("scalar", 0, (0.9, 0.95), 1, 0),
+    "qkv_lambdas": ParameterRow("scalar", 0.5, (0.9, 0.99), 5, 0),
+    "out_lambdas": ParameterRow("scalar", 1, (0.9, 0.99), 5, 0),
+    "smear_lambda": ParameterRow("scalar", 0, (0.9, 0.99), 5, 0),
+    "skip_lambda": ParameterRow("scalar", -1.5, (0.9, 0.99), 5, 0),
+    "smear_gate": ParameterRow("gate", 0, (0.9, 0.99), 0.01, 0),
+    "skip_gate": ParameterRow("gate", 0, (0.9, 0.99), 0.05, 0),
+    "attention_gates": ParameterRow("gate", 0, (0.9, 0.99), 1, 1),
+    "value_gates": ParameterRow("gate", 0, (0.9, 0.99), 1, 1),
+    "mudd_w1": ParameterRow("gate", "kaiming", (0.9, 0.99), 0.25, 1),
+    "mudd_w2": ParameterRow("gate", 0, (0.9, 0.99), 0.25, 1),
+    "mudd_bias": ParameterRow("scalar", "effective values / 0.1", (0.9, 0.99), 0.25, 0),
 }
 
 
@@ -1101,32 +1095,33 @@ class GPT(nn.Module):
         self.rows = rows = config.rows
         dim, heads, vocab = config.dim, config.heads, config.padded_vocab
         layers, attending = len(rows), len(config.attention_layers)
-        self.xsa_layers = config.which(lambda row: row.xsa)
-        self.value_layers = config.which(lambda row: row.value_embed is not None)
-        self.mudd_layers = config.which(lambda row: row.mudd)
+        self.xsa_layers, self.mudd_layers = config.layers_with("xsa"), config.layers_with("mudd")
+        self.value_layers = config.layers_with("value_embed")
         self.named = {n for row in rows for n in (row.reads, row.skip)} | set(config.mudd_sources or ())
         self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
         def add(name: str, *shape: int, value: Tensor | None = None) -> None:
-            row = ADAM_TABLE[name]
-            if value is None:
-                std = str(row.start).partition("normal ")[2]
-                value = torch.randn(shape) * float(std) if std else torch.full(shape, float(row.start))
-            setattr(self, name, nn.Parameter(value if row.float32 else value.to(dtype)))
-
-        def bank(matrices: int, *shape: int) -> nn.Parameter:
-            real = torch.empty(matrices, *shape).uniform_(-bound, bound)
-            return nn.Parameter(F.pad(real, (0, 0, 0, 0, 0, -matrices % shards)).to(dtype))
+            row = PARAMETERS[name]
+            start = str(row.start)
+            if start.startswith("uniform"):
+                value = torch.empty(shape).uniform_(-bound, bound)
+            elif start.startswith("normal "):
+                value = torch.randn(shape) * float(start.removeprefix("normal "))
+            elif value is None:
+                value = torch.full(shape, float(start))
+            if row.kind == "bank":
+                value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
+            setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
 
         bound = matrix_bound(config)
         add("lm_head", dim, vocab)
         add("embed", value=self.lm_head.data.T.contiguous())
         # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
         together = 2 if config.head_pairs else heads
-        self.qk_bank = bank(attending * 2 * heads // together, together * config.head_dim, dim)
-        self.vo_bank = bank(attending * 2, dim, dim)  # per layer V, O
-        self.mlp_bank = bank(layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
-        self.mlp_bank.data[1 : 2 * layers : 2] = 0
+        add("qk_bank", attending * 2 * heads // together, together * config.head_dim, dim)
+        add("vo_bank", attending * 2, dim, dim)  # per layer V, O
+        add("mlp_bank", layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
+        self.mlp_bank.data[1::2] = 0
         add("resid_lambdas", layers, 2)
         add("post_lambdas", layers, 2)
         add("x0_lambdas", layers)
@@ -1149,7 +1144,7 @@ class GPT(nn.Module):
             add("xsa_alphas", len(self.xsa_layers), heads)
         if config.attention_gate:
             add("attention_gates", attending, heads, 12)
-        if config.which(lambda row: row.skip is not None):
+        if config.layers_with("skip"):
             add("skip_gate", 12)
             add("skip_lambda", 1)
         if self.mudd_layers:
@@ -1295,13 +1290,14 @@ class GPT(nn.Module):
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-SMALL = tuple(name for name, row in ADAM_TABLE.items() if not row.sharded)
-MUON_BANKS = tuple(MUON_TABLE)
+SMALL, BANKS, TABLES = (
+    tuple(name for name, row in PARAMETERS.items() if row.kind in kinds)
+    for kinds in (("scalar", "gate"), ("bank",), ("table",))
+)
 # Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
-TABLES = ("bigram_table", "value_embeds", "lm_head", "embed")
-REDUCE_ORDER = (*SMALL, *MUON_BANKS, *TABLES)
+REDUCE_ORDER = (*SMALL, *BANKS, *TABLES)
 # Updates: small and memory-bound ones first, so that their gathers travel while Muon computes.
-UPDATE_ORDER = (*SMALL, *TABLES, *MUON_BANKS)
+UPDATE_ORDER = (*SMALL, *TABLES, *BANKS)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
@@ -1353,7 +1349,7 @@ class Optimizer:
         # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
         self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
-        self.muon = MUON_BANKS if settings.muon else ()  # the parameters that are NorMuon's
+        self.muon = BANKS if settings.muon else ()  # the parameters that are NorMuon's
         self.state: dict[str, dict[str, Tensor]] = {}
         self.updates = {name: 0 for name in self.params if name not in self.muon}  # Adam's t, each parameter's own
         self.tied = settings.stages[0].tied
@@ -1383,12 +1379,10 @@ class Optimizer:
         size = len(whole) // self.world_size
         return whole[self.rank * size : (self.rank + 1) * size]
 
-    def sharded(self, name: str) -> bool:
-        return name in MUON_BANKS or ADAM_TABLE[name].sharded
-
     def part(self, name: str) -> Tensor:
         """What this rank updates of a parameter: a view."""
-        return self.share(self.params[name].data) if self.sharded(name) else self.params[name].data
+        whole = self.params[name].data
+        return whole if name in SMALL else self.share(whole)
 
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
@@ -1401,7 +1395,7 @@ class Optimizer:
         gathers = []
         for name in (name for name in UPDATE_ORDER if name in reduced):
             self.update(name, reduced[name](), hyper)
-            if self.world_size > 1 and self.sharded(name):
+            if self.world_size > 1 and name not in SMALL:
                 gathers.append(all_gather(self.params[name].data, self.part(name), async_op=True))
         for work in gathers:
             work.wait()
@@ -1420,7 +1414,7 @@ class Optimizer:
             return lambda: grad
         if name == "bigram_table" and self.sparse:
             return self.exchange_rows(grad)
-        if not self.sharded(name):
+        if name in SMALL:
             part, work = grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
         else:
             part = torch.empty_like(self.part(name))
@@ -1467,7 +1461,7 @@ class Optimizer:
             tensors = (state.get("low"), grad, state["exp_avg"], state["mean_sq"], self.factors[name])
             normuon_update(part, *tensors, *map(torch.tensor, numbers))
         else:
-            row = ADAM_TABLE.get(name) or MUON_TABLE[name]
+            row = PARAMETERS[name]
             self.updates[name] += 1
             lr = settings.adam_lr * hyper.lr * row.lr
             bias = [1 - beta ** self.updates[name] for beta in row.betas]
@@ -1477,7 +1471,7 @@ class Optimizer:
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """The whole of what this rank has a part of, for a sharded parameter; as bytes, since not all dtypes travel."""
-        if self.world_size == 1 or not self.sharded(name):
+        if self.world_size == 1 or name in SMALL:
             return part
         whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
         all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
@@ -1513,8 +1507,8 @@ class Optimizer:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
         for name, state in saved["states"].items():
             for key, whole in state.items():
-                whole = self.share(resize(whole, len(self.params[name]))) if self.sharded(name) else whole
-                self.state[name][key].copy_(whole)
+                part = whole if name in SMALL else self.share(resize(whole, len(self.params[name])))
+                self.state[name][key].copy_(part)
         for name, grad in saved["grads"].items():
             p = self.params[name]
             p.grad = resize(grad, len(p)).to(p.device)
@@ -2346,10 +2340,10 @@ def print_plan(settings: Settings, world: World) -> None:
 
     print("parameter            shape              count  start                      optimizer  lr x  wd x  betas")
     for name, p in model.named_parameters():
-        row = {**ADAM_TABLE, **MUON_TABLE}[name]
+        row = PARAMETERS[name]
         start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
         start = start.replace("uniform", f"uniform +-{matrix_bound(config):.5f}")
-        muon = settings.muon and name in MUON_TABLE
+        muon = settings.muon and name in BANKS
         how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
         print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:27}{how}")
     parts = active_matrices(config)
@@ -2382,7 +2376,7 @@ def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     """Bytes of a process, roughly: weights, gradients, optimizer state, and activations of a slice or of validation."""
     config = settings.model
     weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    state = sum(4 * p.numel() * (1.5 if name in MUON_TABLE else 2) for name, p in model.named_parameters())
+    state = sum(4 * p.numel() * (1.5 if name in BANKS else 2) for name, p in model.named_parameters())
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.

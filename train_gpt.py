@@ -909,29 +909,36 @@ def gated_values(a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device.
 
-    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full.
+    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full. Beside the
+    diagonal both are runs, in rows first the partial blocks, in columns first the full ones: counts make the lists.
     """
     length = docs.numel()
     blocks = math.ceil(length / BLOCK)
-    block = torch.arange(blocks, device=docs.device)
+    block = torch.arange(blocks, dtype=torch.int32, device=docs.device)
     first = docs[block * BLOCK]
     last = docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
-    back = block[:, None] - block  # how many blocks the keys lie behind the queries
+    here = block[:, None]
+    back = here - block  # how many blocks the keys lie behind the queries
     # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round.
     near = (back > 0) & (first[:, None] == last) & ((back - 1) * BLOCK + 1 <= window)
     full = (back > 0) & (last[:, None] == first) & (back * BLOCK + BLOCK - 1 <= window)
-    partial = (near & ~full) | (back == 0)
 
-    def listed(marked: Tensor) -> tuple[Tensor, Tensor]:
-        order = marked.int().argsort(dim=-1, descending=True, stable=True)
-        return marked.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+    def lists(dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Counts and places of the partial and the full blocks, of each row (dim 1) or column (dim 0)."""
+        all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
+        if dim == 1:
+            partial, fulls = here - all_near + block, here - all_full + block
+            partial = torch.where(block < all_near - all_full, partial, here)
+        else:
+            partial, fulls = torch.where(block > 0, here + all_full + block, here), here + 1 + block
+        places = (each.clamp(max=blocks - 1) for each in (partial, fulls))  # past the counts, nobody looks
+        partial, fulls = (each[None, None] for each in places)
+        return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
     def allowed(batch, head, query, key):
         return (key <= query) & (docs[query] == docs[key]) & (query - key <= window)
 
-    return BlockMask.from_kv_blocks(
-        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
-    )
+    return BlockMask((length, length), *lists(1), *lists(0), (BLOCK, BLOCK), allowed)
 
 
 def banded_mask(docs: Tensor, window: int) -> Tensor:

@@ -117,10 +117,12 @@ def listed_blocks(counts, indices):
 
 
 def partial_and_full_blocks(mask):
-    return (
-        listed_blocks(mask.kv_num_blocks, mask.kv_indices),
-        listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices),
-    )
+    partial = listed_blocks(mask.kv_num_blocks, mask.kv_indices)
+    full = listed_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    # The backward pass goes by columns: the same blocks, a key block's query blocks at a time.
+    assert {(row, column) for column, row in listed_blocks(mask.q_num_blocks, mask.q_indices)} == partial
+    assert {(row, column) for column, row in listed_blocks(mask.full_q_num_blocks, mask.full_q_indices)} == full
+    return partial, full
 
 
 def blocks_by_brute_force(docs, window):

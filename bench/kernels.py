@@ -8,10 +8,7 @@ Exit status 1 if a kernel spills on sm_90, or takes more shared memory than its 
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fake_cuda import SHARED, resources
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt  # noqa: E402
 
-# Bytes of shared memory that a block may take, which the compiler does not check.
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 DIM, VOCAB = 768, 50_304
 KERNELS = ("symmetric_kernel", "mlp_kernel", "loss_kernel", "transpose_kernel")
 
@@ -168,19 +164,6 @@ def compile_launch(kernel, args: tuple, options: dict, target: int):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=flags)
 
 
-def resources(compiled) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, by Triton's own cuobjdump."""
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
-
-
 def compile_all() -> int:
     """Prints a row a kernel and target; returns the exit status."""
     real = {name: getattr(train_gpt, name) for name in KERNELS}
@@ -197,7 +180,7 @@ def compile_all() -> int:
             for name, recorder in recorders.items():
                 for args, options in recorder.launches:
                     compiled = compile_launch(real[name], args, options, target)
-                    registers, stack = resources(compiled)
+                    registers, stack = resources(compiled.asm["cubin"])
                     shared = compiled.metadata.shared
                     row = f"{case.name:44}{f'sm_{target}':>8}{registers:>11}{stack:>7}{shared:>9,}{limit:>9,}"
                     tqdm.write(row)

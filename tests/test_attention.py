@@ -247,6 +247,8 @@ def test_new_windows_and_documents_compile_nothing_anew():
         expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
         assert (output[0].transpose(0, 1) - expected).abs().max() <= 1e-5
         assert len(graphs) == 1
+    # Compiled for CUDA, the sort of so short rows is one kernel, over which Triton sits for minutes.
+    assert not any("sort" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -122,6 +122,27 @@ def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
     assert "do not fit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_every_graph_of_a_run_compiles_for_a_gpu_that_is_not_there():
+    pytest.importorskip("triton")
+    result = command("graphs.py", "--preset", "tiny", "--fp8", "false", "--target", "80")
+    assert result.returncode == 0, result.stdout + result.stderr
+    header, *rows = result.stdout.splitlines()
+    assert header.startswith("sm_80 ")
+    for row, name in zip(rows, ("training, 2,048 tokens", "validation, 16,384 tokens", "optimizers"), strict=True):
+        seconds, triton, kernels, spill, shared, longest = row.removeprefix(name).replace(",", "").split()[:6]
+        assert float(seconds) > float(triton) > float(longest) > 0
+        assert float(longest) < 60, "a kernel that takes minutes to compile"
+        assert int(kernels) > int(spill) >= 0 and 0 < int(shared) <= 163 * 1024
+
+
+def test_a_mistake_in_the_options_of_graphs_is_one_line():
+    pytest.importorskip("triton")
+    result = command("graphs.py", "--preset", "tinny")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "graphs.py: --preset tinny: no such preset; there are record and tiny"
+
+
 def test_step_time_prints_a_row_a_stage(data):  # noqa: F811
     options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", "--measure", "2")
     result = command("step_time.py", *options, "--train-files", data / "x_train_*.bin")

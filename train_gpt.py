@@ -910,7 +910,8 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device.
 
     Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full. Beside the
-    diagonal both are runs, in rows first the partial blocks, in columns first the full ones: counts make the lists.
+    diagonal both are runs, in rows first the partial blocks, in columns first the full ones: counting makes the lists
+    (a sort would take minutes to compile).
     """
     length = docs.numel()
     blocks = math.ceil(length / BLOCK)

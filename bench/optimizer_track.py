@@ -24,7 +24,7 @@ GRIDS = {  # an optimizer's learning rate and momentum
     "normuon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.6, 0.7, 0.8, 0.9)},
     "soap": {"lr": (0.001, 0.002, 0.004, 0.008), "beta1": (0.5, 0.7, 0.9)},
 }
-LADDER = tuple(range(60, 401, 20))  # numbers of steps
+LADDER = tuple(range(60, 401, 10))  # numbers of steps
 
 
 def log_path(name: str, point: dict[str, float], steps: int, seed: int) -> Path:

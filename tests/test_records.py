@@ -176,6 +176,15 @@ def test_readmes_results_are_those_of_the_logs(readme, tiny):
     assert claim in " ".join(readme.split())
 
 
+def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
+    track_readme = optimizer_track.README.read_text()
+    target = re.search(r"^Target: ([\d.]+) nats", track_readme, re.MULTILINE)[1]
+    rows = table_rows(track_readme.partition("<!-- runs -->")[2], 7)[1:]
+    assert [row[0] for row in rows] == list(optimizer_track.GRIDS)
+    what = f"AdamW, Muon, NorMuon, SOAP to {target} nats per byte, all else fixed"
+    assert f"| {what} | {', '.join(row[2] for row in rows)} steps |" in readme
+
+
 def test_readmes_techniques_have_the_ablations_numbers(readme):
     given = ablation()
     rows = table_rows(readme.partition("## The techniques")[2].partition("##")[0], 5)[1:]

@@ -2190,9 +2190,7 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
     for tensor in (*model.parameters(), *model.buffers()) if world.size > 1 else ():
         dist.broadcast(tensor.data, src=0)
-    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone, once a
-    # length, window and kind of layer. Of a function PyTorch makes eight graphs unasked, and runs the rest uncompiled.
-    torch._dynamo.config.recompile_limit = 64
+    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
     objective = torch.compile(model, dynamic=False, fullgraph=True) if world.device.type == "cuda" else model
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 

@@ -457,7 +457,6 @@ def warm_up(subject: Subject):
 
 COMPILER = ("torch.compiler.", "torch._dynamo.", "torch._functorch.", "torch._inductor.")
 VARIABLE = re.compile(r"TORCH_?(INDUCTOR|DYNAMO|COMPILE|AOT)\w*")
-HARMLESS = "torch._dynamo.config.recompile_limit"  # how many graphs may be made of a function, and not which
 USUAL = {"backend": ("inductor",), "mode": (None, "default"), "options": (None,)}  # what torch.compile does unasked
 
 
@@ -477,9 +476,8 @@ class CompilerWatch:
 
         def set_flag(module, name, value):
             set_attribute(module, name, value)
-            flag = f"{module.__name__}.{name}"
-            if flag.startswith(COMPILER) and flag != HARMLESS and not name.startswith("_"):
-                watch.note(f"{flag} = {value!r}")
+            if module.__name__.startswith(COMPILER) and not name.startswith("_"):
+                watch.note(f"{module.__name__}.{name} = {value!r}")
 
         torch.compile, ConfigModule.__setattr__ = compile, set_flag
 
@@ -499,7 +497,6 @@ class CompilerWatch:
         """All flags: those of the compiler's modules, and the environment's."""
         modules = [m for name, m in sys.modules.items() if isinstance(m, ConfigModule) and name.startswith(COMPILER)]
         flags = {f"{m.__name__}.{key}": value for m in modules for key, value in m.get_config_copy().items()}
-        flags.pop(HARMLESS, None)
         return flags | {name: value for name, value in os.environ.items() if VARIABLE.match(name)}
 
     def findings(self) -> list[str]:
@@ -515,12 +512,8 @@ class CompilerWatch:
 
 def flags_in_source(path: Path) -> dict[int, str]:
     """Mentions of compiler flags by line, also in what only a GPU runs."""
-    flags, tree = {}, ast.parse(path.read_bytes())
-    harmless = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == HARMLESS]
-    harmless = {each for node in harmless for each in ast.walk(node)}
-    for node in ast.walk(tree):
-        if node in harmless:
-            continue
+    flags = {}
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom):
             found = re.findall(r".*\b_(?:inductor|dynamo|functorch)(?:\.| import )config\b.*", ast.unparse(node))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -179,8 +179,7 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             "os.environ['TORCHINDUCTOR' '_MAX_AUTOTUNE'] = '1'\n        peak = measure_peak(device"
         ),
         "def compiles() -> bool:": (
-            "def on_cuda():\n    torch._dynamo.config.recompile_limit = 9; torch._dynamo.config.verbose = True\n\n\n"
-            "def compiles() -> bool:"
+            "def only_on_cuda():\n    torch._dynamo.config.recompile_limit = 64\n\n\ndef compiles() -> bool:"
         ),
     }
     ((_, findings),) = caught("compiler", {"flags": edits.items()})
@@ -196,7 +195,7 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             line("max_fusion_size") + "torch._inductor.config.max_fusion_size = 128",
             line("shape_padding") + "torch._inductor.config.shape_padding = False",
             "TORCHINDUCTOR_MAX_AUTOTUNE = '1'",
-            line("verbose = True") + "torch._dynamo.config.verbose",
+            line("recompile_limit = 64") + "torch._dynamo.config.recompile_limit",
         ]
     )
 

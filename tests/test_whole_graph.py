@@ -25,18 +25,6 @@ def tokens(length: int = 256):
     return inputs, torch.randint(CONFIG.vocab_size, (length,))
 
 
-@torch._dynamo.config.patch(recompile_limit=8)  # what it is before a run
-def test_twenty_lengths_are_twenty_graphs_and_none_runs_uncompiled():
-    settings = replace(train_gpt.PRESETS["tiny"], model=CONFIG)
-    train_gpt.build(settings, train_gpt.World(0, 1, torch.device("cpu")))
-    counter = torch._dynamo.testing.CompileCounter()
-    norm = torch.compile(train_gpt.norm._torchdynamo_orig_callable, backend=counter, dynamic=False)
-    with torch.compiler.set_stance("default"):
-        for length in range(1, 21):
-            norm(torch.randn(length, 8))
-    assert counter.frame_count == 20
-
-
 def test_the_model_with_every_technique_is_one_graph_with_the_same_loss_and_gradients(model):
     inputs, targets = tokens()
     context = train_gpt.make_context(CONFIG, len(inputs), (64, 128), model.embed)

@@ -1298,10 +1298,8 @@ class GPT(nn.Module):
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-SMALL, BANKS, TABLES = (
-    tuple(name for name, row in PARAMETERS.items() if row.kind in kinds)
-    for kinds in (("scalar", "gate"), ("bank",), ("table",))
-)
+BANKS, TABLES = (tuple(name for name, row in PARAMETERS.items() if row.kind == kind) for kind in ("bank", "table"))
+SMALL = tuple(name for name in PARAMETERS if name not in BANKS + TABLES)
 # Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
 REDUCE_ORDER = (*SMALL, *BANKS, *TABLES)
 # Updates: small and memory-bound ones first, so that their gathers travel while Muon computes.

@@ -1225,7 +1225,7 @@ class GPT(nn.Module):
             kind = layer.attention, layer.window
             if layer.attention != "none" and kind not in masks:
                 each = docs.repeat_interleave(2) if layer.attention == "paired" else docs
-                masks[kind] = make_mask(each, windows[layer.window == "long"])
+                masks[kind] = make_mask(each, windows[1] if layer.window == "long" else windows[0])
         return masks
 
     def attention_weights(self):

@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 import zipfile
 from collections.abc import Callable
@@ -662,7 +663,26 @@ E4M3_MAX = 448
 # of 1 from outside, which the product's scale takes up.
 HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
 
-region = torch.compile(dynamic=False)
+
+def region(function: Callable) -> Callable:
+    """Compiles a function of tensors of one length: on the CPU a copy of it for each length.
+
+    PyTorch makes eight graphs of a function, for kinds of layer, windows, training and validation, and runs what
+    comes after them uncompiled; a copy has eight of its own.
+    """
+
+    @functools.cache
+    def compiled(length: int) -> Callable:
+        code = function.__code__.replace()
+        return torch.compile(types.FunctionType(code, globals(), argdefs=function.__defaults__), dynamic=False)
+
+    @functools.wraps(function)
+    def call(*inputs):
+        if torch.compiler.is_compiling():
+            return function(*inputs)
+        return compiled(next(len(x) for x in inputs if isinstance(x, Tensor)))(*inputs)
+
+    return call
 
 
 @region
@@ -1081,7 +1101,7 @@ def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[
 
 
 @region
-def weighted_sum(factors: tuple[Tensor, ...], terms: tuple[Tensor, ...]) -> Tensor:
+def weighted_sum(factors: tuple[Tensor, ...], *terms: Tensor) -> Tensor:
     """The sum of the terms (T, D), each times its factor."""
     return sum(factor * term for factor, term in zip(factors, terms))
 
@@ -1215,7 +1235,7 @@ class GPT(nn.Module):
             first, second, third = (after[i] for i in config.mudd_sources)
             sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
             coefficients = mudd_coefficients(x, *self.mudd_weights(1))
-            x = weighted_sum((1.0, *coefficients), (x, *sources))
+            x = weighted_sum((1.0, *coefficients), x, *sources)
         return norm(x)
 
     def masks(self, docs: Tensor, windows) -> dict[tuple[str, str], BlockMask | Tensor]:
@@ -1263,13 +1283,13 @@ class GPT(nn.Module):
         """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
         c = mudd_coefficients(x, *self.mudd_weights(0))
         to_v, to_x, (gate0, gate1), factors = c[:3], (c[3], c[4], 1 + c[5]), c[6:8], c[8:]
-        added = weighted_sum(to_v, (start, earlier, x))
+        added = weighted_sum(to_v, start, earlier, x)
         if row is not None:
             first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
             added = added + torch.cat((gate0 * first, gate1 * second), dim=1)
         bigram = factors[3] if self.config.bigram else None
         mix = Mix(factors[0], factors[1], factors[2], bigram, factors[4], factors[5])
-        return weighted_sum(to_x, (start, earlier, x)), added, mix
+        return weighted_sum(to_x, start, earlier, x), added, mix
 
     def attention(self, i: int, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
         """Attention of layer i on its input a (T, D), with `added` (T, D) to the values."""

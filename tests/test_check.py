@@ -169,7 +169,7 @@ def test_warm_up_that_leaves_a_trace_is_caught(caught):
 def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_runs(caught, tmp_path):
     """Set for good or for a moment, in plain words or not; each is named with its line where there is one."""
     edits = {
-        "region = torch.compile(dynamic=False)": "region = torch.compile(dynamic=False, mode='max-autotune')",
+        "__defaults__), dynamic=False)": "__defaults__), dynamic=False, mode='max-autotune')",
         "NORM_EPS = 2**-23": "NORM_EPS = 2**-23\ntorch._inductor.config.max_fusion_size = 128",
         "for adam in (False, True, True):": (
             "with vars(torch)['_in' 'ductor'].config.patch(shape_padding=False): pass\n"

@@ -1,4 +1,4 @@
-"""CUDA compiles the whole model as one graph; here the same graph is traced on the CPU."""
+"""CUDA compiles the whole model as one graph, which is traced on the CPU here; the CPU compiles regions by length."""
 
 from dataclasses import replace
 
@@ -58,3 +58,17 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
     assert counter.frame_count == 1
+
+
+def test_no_length_uses_up_the_graphs_of_another():
+    with (
+        torch.compiler.set_stance("default"),
+        torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True),
+    ):
+        if not train_gpt.compiles():
+            pytest.skip("needs a C++ compiler")
+        for length in 16, 24, 32:
+            x = torch.randn(length, 8)
+            torch.testing.assert_close(train_gpt.norm(x), x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt())
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            train_gpt.norm(torch.randn(16, 9))

@@ -4,8 +4,8 @@
     with fake_cuda.tensors(): ...        tensors on "cuda" have shapes, and no numbers
 
 PyTorch's fake tensors trace and differentiate, Inductor writes the kernels, and Triton compiles them to machine code
-for the target. In place of what was compiled its graph runs, on fake tensors. It needs a CPU build of PyTorch, a C++
-compiler and Triton, and reaches into PyTorch's own code, as of the version in requirements.txt.
+for the target. In place of what was compiled its graph runs, on fake tensors. It needs a C++ compiler and Triton, and
+reaches into PyTorch's own code, as of versions 2.11 and 2.13; builds for the CPU and for CUDA both serve.
 """
 
 import copy
@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ struct Guard final : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, gpu); }
   Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, gpu); }
 };
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+extern "C" void register_guard() { static impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard()); }
 struct CUDAHooks final : CUDAHooksInterface {
   CUDAHooks(CUDAHooksArgs) {}
   void init() const override {}
@@ -47,7 +48,7 @@ struct CUDAHooks final : CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, REGISTRY_PREFERRED, CUDAHooks)
 }
 """
 # Bytes of shared memory that a block may take, which the compiler does not check.
@@ -79,13 +80,18 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def load_shim(torch: Path) -> None:
-    """Compiles the shim against PyTorch's headers and loads it, which registers it."""
+    """Compiles the shim against PyTorch's headers and registers it in place of what a build for CUDA registers.
+
+    Hooks are looked up once, so these come before the import of PyTorch; of the guards the last one registered holds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "shim.cpp", Path(folder) / "shim.so"
         source.write_text(SHIM)
         paths = [f"-I{torch}/include", f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-lc10", "-ltorch_cpu"]
         subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", source, *paths, "-o", library], check=True)
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        shim = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    import_module("torch")
+    shim.register_guard()
 
 
 def pretend(target: int) -> Compiled:
@@ -94,7 +100,6 @@ def pretend(target: int) -> Compiled:
         raise RuntimeError("fake_cuda.pretend comes before the import of torch")
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
     needs = {
-        "a CPU build of PyTorch": not (torch / "lib" / "libtorch_cuda.so").exists(),
         "Triton": importlib.util.find_spec("triton"),
         "g++": shutil.which("g++"),
     }

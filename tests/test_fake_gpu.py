@@ -1,0 +1,92 @@
+"""The steps that a GPU would run, on one that is not there: tensors have a device, a dtype and a shape, and no numbers.
+
+So nothing can be computed from them, but an operation on two devices fails, and what would wait for the GPU is seen.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = """
+import fake_cuda
+
+fake_cuda.pretend(90)
+
+from dataclasses import replace
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+import train_gpt
+
+
+def new_tensor(value, *, dtype=None, device="cpu", real=torch.tensor):
+    made = real(value, dtype=dtype)
+    return made if str(device) == "cpu" else torch.empty(made.shape, dtype=made.dtype, device=device)
+
+
+def dispatch(mode, function, types, inputs=(), options=None, *, inner=FakeTensorMode.__torch_dispatch__):
+    output = inner(mode, function, types, inputs, options)
+    target = inputs[0] if function is torch.ops.aten.copy_.default else output
+    from_gpu = any(isinstance(each, torch.Tensor) and each.is_cuda for each in inputs)
+    if from_gpu and isinstance(target, torch.Tensor) and not target.is_cuda:
+        non_blocking = (options or {}).get("non_blocking") or any(each is True for each in inputs[2:])
+        to_cpu.add(f"{function} {'goes on' if non_blocking else 'waits'}")
+    return output
+
+
+class Event:
+    def __init__(self, enable_timing): ...
+    def record(self): ...
+    def synchronize(self): ...
+
+
+to_cpu = set()
+torch.cuda.Event, torch.tensor, FakeTensorMode.__torch_dispatch__ = Event, new_tensor, dispatch
+torch.compiler.set_stance("force_eager")
+settings = train_gpt.PRESETS["tiny"]
+world = train_gpt.World(0, 1, torch.device("cuda", 0))
+dtype = train_gpt.choose_dtype(settings, world.device)
+with fake_cuda.tensors():
+    model = train_gpt.GPT(settings.model, dtype, fp8=train_gpt.choose_fp8(settings, world.device, dtype))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
+        setattr(model, name, torch.nn.Parameter(there) if isinstance(tensor, torch.nn.Parameter) else there)
+    optimizer = train_gpt.Optimizer(model, settings)
+    losses = train_gpt.Losses(settings.total_steps, world, train_gpt.Clock(world.device))
+    tied = []
+    for step in 0, 241:
+        hyper, rotary = train_gpt.schedule(settings, step), train_gpt.rotary_state(settings, step)
+        tokens = torch.zeros(2, 2049, dtype=torch.int32, pin_memory=True)
+        context = train_gpt.make_context(settings.model, 2048, hyper.stage.windows, model.embed, rotary)
+        context = context._replace(mtp=torch.tensor(hyper.mtp, device=world.device))
+        tokens = tokens.to(world.device, non_blocking=True)
+        loss = train_gpt.train_step(model, tokens, context, settings.slices)
+        optimizer.step(hyper)
+        losses.record(step + 1, loss, False)
+        tied.append(optimizer.tied)
+    print(model.fp8, loss.device, loss.dtype, tied)
+    print(*to_cpu)
+    context = train_gpt.make_context(settings.model, 16384, train_gpt.final_windows(settings), model.embed)
+    tokens = torch.zeros(16385, dtype=torch.int32, device=world.device)
+    each = model.evaluate(tokens[:-1], tokens[1:].long(), context)
+    print(each.device, each.dtype, tuple(each.shape))
+"""
+
+
+def test_a_step_on_a_gpu_is_all_on_the_gpu_and_waits_for_nothing():
+    pytest.importorskip("triton")
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    steps, waits, validation = run.stdout.splitlines()
+    assert steps == "True cuda:0 torch.float32 [True, False]"
+    assert waits == "aten.copy_.default goes on"
+    assert validation == "cuda:0 torch.float32 (16384,)"

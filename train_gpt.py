@@ -677,10 +677,10 @@ def region(function: Callable) -> Callable:
         return torch.compile(types.FunctionType(code, globals(), argdefs=function.__defaults__), dynamic=False)
 
     @functools.wraps(function)
-    def call(*inputs):
+    def call(*inputs, **options):
         if torch.compiler.is_compiling():
-            return function(*inputs)
-        return compiled(next(len(x) for x in inputs if isinstance(x, Tensor)))(*inputs)
+            return function(*inputs, **options)
+        return compiled(next(len(x) for x in inputs if isinstance(x, Tensor)))(*inputs, **options)
 
     return call
 

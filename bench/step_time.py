@@ -1,12 +1,14 @@
 """Times a training step in each stage of a preset, and how long the first one takes to come.
 
-    python bench/step_time.py --preset tiny [--measure 20] [any option of train_gpt.py]
+    python bench/step_time.py --preset tiny [--measure 20] [--profile 10] [any option of train_gpt.py]
 
 It needs the preset's training shards. The floor is the arithmetic of a step (FLOPs from the settings) at the speed of a
-large matrix product, measured on the same device.
+large matrix product, measured on the same device. --profile adds where the time of a step goes, in each stage: by kind
+of kernel, and the kernels that take most. On the CPU operators stand for kernels.
 """
 
 import argparse
+import re
 import time
 
 BEGIN = time.perf_counter()
@@ -15,11 +17,23 @@ from dataclasses import replace  # noqa: E402
 
 import torch  # noqa: E402
 from runs import command, compile_or_not, stage_alone  # noqa: E402
+from torch.profiler import ProfilerActivity  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train_gpt  # noqa: E402
 
 WARM = 4  # steps of a stage that are not measured
+# Kinds of kernels, and of operators on the CPU, by what is in their names, in lower case; the first that fits.
+KINDS = {
+    "attention": "flex|flash|fmha",
+    "symmetric products": "symmetric_kernel",
+    "MLP": "mlp_kernel",
+    "loss": "loss_kernel",
+    "transposes": "transpose_kernel",
+    "other products": r"gemm|nvjet|cutlass|xmma|mm\b",
+    "compiled": "triton_|compiled",
+    "copies, communication": "mem(cpy|set)|copy|nccl|c10d",
+}
 
 
 class Runner:
@@ -54,9 +68,40 @@ class Runner:
             yield
 
 
+def kernels(runner: Runner, number: int) -> list[tuple[str, float, float]]:
+    """The kernels of a stage's step, with Adam in every second: name, milliseconds and calls a step; longest first."""
+    cuda = runner.world.device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        for _ in runner.steps(number, 2):
+            pass
+    events = [event for event in profiler.key_averages() if event.device_type.name == ("CUDA" if cuda else "CPU")]
+    spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
+    rows = [(event.key, each / 2000, event.count / 2) for event, each in zip(events, spent)]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def kind(name: str) -> str:
+    return next((kind for kind, names in KINDS.items() if re.search(names, name.lower())), "the rest")
+
+
+def print_profile(rows: dict[str, list[tuple[str, float, float]]], longest: int) -> None:
+    """Of each stage, by name: milliseconds a step of each kind, and the kernels that take most."""
+    print(f"\nms a step, profiled\n\n| | {' | '.join(rows)} |\n{'|---' * (len(rows) + 1)}|")
+    for each in (*KINDS, "the rest"):
+        cells = [sum(spent for name, spent, _ in stage if kind(name) == each) for stage in rows.values()]
+        if any(cells):
+            print(f"| {each} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    for name, stage in rows.items():
+        total = sum(spent for _, spent, _ in stage)
+        print(f"\n| {name}: kernel | ms a step | of {total:.1f} | calls a step |\n|---|---|---|---|")
+        for kernel, spent, calls in stage[:longest]:
+            print(f"| `{kernel[:80]}` | {spent:.2f} | {spent / total:.0%} | {calls:g} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--measure", type=int, default=20, help="steps that are measured in each stage (default: 20)")
+    parser.add_argument("--profile", type=int, default=0, help="kernels to name in each stage (default: none)")
     arguments, rest = parser.parse_known_args()
     count = max(2, arguments.measure // 2 * 2)  # Adam takes part in every second
     settings, _ = train_gpt.parse_arguments(rest)
@@ -72,7 +117,7 @@ def main() -> None:
     started = time.perf_counter() - BEGIN
     dtype = runner.model.embed.dtype
     peak = train_gpt.measure_peak(world.device, dtype) * world.size
-    lines = []
+    lines, profiles = [], {}
     for number, stage in enumerate(tqdm(settings.all_stages, "stages", disable=None if world.rank == 0 else True)):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -86,6 +131,8 @@ def main() -> None:
         share = speed * train_gpt.flops_per_token(settings.model, stage) / peak
         memory = train_gpt.peak_memory(world.device).split("allocated: ")[1].split(" reserved")[0]
         name = "extension" if number == len(settings.stages) else number + 1
+        if arguments.profile:
+            profiles[f"stage {name}"] = kernels(runner, number)
         lines.append(f"| {name} | {stage.batch_tokens:,} | {each:.1f} | {speed:,.0f} | {share:.0%} | {memory} |")
     if world.rank == 0:
         print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")
@@ -93,6 +140,8 @@ def main() -> None:
         print("| stage | batch, tokens | ms a step | tokens/s | of the floor's speed | peak memory |")
         print("|---|---|---|---|---|---|")
         print("\n".join(lines))
+        if profiles:
+            print_profile(profiles, arguments.profile)
     if world.size > 1:
         torch.distributed.destroy_process_group()
 

@@ -143,8 +143,9 @@ def test_a_mistake_in_the_options_of_graphs_is_one_line():
     assert result.stderr.splitlines()[-1] == "graphs.py: --preset tinny: no such preset; there are record and tiny"
 
 
-def test_step_time_prints_a_row_a_stage(data):  # noqa: F811
-    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", "--measure", "2")
+def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(data):  # noqa: F811
+    sizes = ("--val-tokens", "2048", "--val-seq-len", "1024", "--slices", "1")
+    options = ("--preset", "tiny", *MODEL, *sizes, "--measure", "2", "--profile", "3")
     result = command("step_time.py", *options, "--train-files", data / "x_train_*.bin")
     assert result.returncode == 0, result.stderr
     rows = re.findall(r"^\| (\w+) \| 8,192 \| ([\d.]+) \| ([\d,]+) \| \d+% \| \d+ MiB \|$", result.stdout, re.MULTILINE)
@@ -152,8 +153,37 @@ def test_step_time_prints_a_row_a_stage(data):  # noqa: F811
     for _, ms, speed in rows:
         assert int(speed.replace(",", "")) == pytest.approx(8192 / float(ms) * 1000, rel=0.01)
     assert re.search(r"first step after \d+ s", result.stdout)
+    _, kinds, *stages = result.stdout.split("\n\n| ")[1:]
+    titles, _, *rows = kinds.strip().splitlines()
+    assert titles == "| stage 1 | stage 2 | stage 3 | stage extension |"
+    table = {name: [float(cell) for cell in cells] for name, *cells in (row.strip("| ").split(" | ") for row in rows)}
+    assert {"other products", "the rest"} <= table.keys() and all(min(cells) >= 0 for cells in table.values())
+    assert len(stages) == 4
+    for number, stage in enumerate(stages):
+        title, _, *longest = stage.strip().splitlines()
+        total = float(re.search(r"ms a step \| of ([\d.]+) \|", title)[1])
+        assert total == pytest.approx(sum(cells[number] for cells in table.values()), abs=0.1)
+        spent = [float(row.split(" | ")[1]) for row in longest]
+        assert len(spent) == 3 and spent == sorted(spent, reverse=True) and sum(spent) < total
     result = command("step_time.py", "--preset", "tiny", "--train-files", "none_*.bin")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none_*.bin" in result.stderr
+
+
+def test_a_profile_knows_the_kinds_of_kernels_that_a_gpu_runs():
+    import step_time
+
+    kinds = {
+        "triton_tem_fused__to_copy_flex_attention_mul_transpose_12": "attention",
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopA_TNT": "other products",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "other products",
+        "triton_poi_fused__to_copy_add_cat_embedding_dense_backward_3": "compiled",
+        "symmetric_kernel": "symmetric products",
+        "mlp_kernel": "MLP",
+        "Memcpy HtoD (Pinned -> Device)": "copies, communication",
+        "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "copies, communication",
+        "void at::native::vectorized_elementwise_kernel<4>": "the rest",
+    }
+    assert {name: step_time.kind(name) for name in kinds} == kinds
 
 
 def test_attention_prints_a_cell_a_stage_and_one_for_the_validation(data):  # noqa: F811

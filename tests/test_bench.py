@@ -1,5 +1,6 @@
 """The programs of bench: the ablation's table and resumption, the compiled kernels, step time, the plan of slices."""
 
+import os
 import re
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_step_time_is_that_of_the_quickest_quarter(tmp_path):
 
 def command(script, *arguments):
     options = [sys.executable, str(BENCH / script), *map(str, arguments)]
-    return subprocess.run(options, capture_output=True, text=True)
+    return subprocess.run(options, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
 def test_kernels_compile_without_a_gpu_within_each_targets_limits():

@@ -35,7 +35,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import typing
 import zipfile
 from collections.abc import Callable
@@ -667,14 +666,13 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 def region(function: Callable) -> Callable:
     """Compiles a function of tensors of one length: on the CPU a copy of it for each length.
 
-    PyTorch makes eight graphs of a function, for kinds of layer, windows, training and validation, and runs what
-    comes after them uncompiled; a copy has eight of its own.
+    PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
     """
 
     @functools.cache
     def compiled(length: int) -> Callable:
         code = function.__code__.replace()
-        return torch.compile(types.FunctionType(code, globals(), argdefs=function.__defaults__), dynamic=False)
+        return torch.compile(type(function)(code, globals(), argdefs=function.__defaults__), dynamic=False)
 
     @functools.wraps(function)
     def call(*inputs, **options):
@@ -1503,10 +1501,6 @@ class Optimizer:
         all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
         return whole
 
-    def on_rank_0(self, whole: Tensor) -> Tensor | None:
-        """A copy on the CPU for the rank that saves it."""
-        return whole.cpu() if self.rank == 0 else None
-
     def untie(self) -> None:
         """From here on `embed` has an Adam of its own, which begins as a transposed copy of the head's [51, 53]."""
         self.tied = False
@@ -1519,14 +1513,15 @@ class Optimizer:
 
         All ranks take part in it, and rank 0 alone has it.
         """
+        keep = Tensor.cpu if self.rank == 0 else lambda whole: None
         states = {
-            name: {key: self.on_rank_0(self.gather(name, part)) for key, part in state.items()}
+            name: {key: keep(self.gather(name, part)) for key, part in state.items()}
             for name, state in self.state.items()
         }
         grads = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
         for grad in grads.values() if self.world_size > 1 else ():
             dist.all_reduce(grad, op=dist.ReduceOp.AVG)
-        grads = {name: self.on_rank_0(grad) for name, grad in grads.items()}
+        grads = {name: keep(grad) for name, grad in grads.items()}
         return {"states": states, "grads": grads, "updates": dict(self.updates), "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:

@@ -212,3 +212,13 @@ def tensors():
     from torch._subclasses import FakeTensorMode
 
     return FakeTensorMode()
+
+
+def place(model):
+    """Puts a module's parameters and buffers on the device, where tensors are fake; returns it."""
+    import torch
+
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        setattr(model, name, torch.nn.Parameter(fake) if isinstance(tensor, torch.nn.Parameter) else fake)
+    return model

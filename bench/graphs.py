@@ -26,10 +26,7 @@ def parts(settings, model):
     def empty(*shape: int, dtype=torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        fake = empty(*p.shape, dtype=p.dtype)
-        setattr(model, name, torch.nn.Parameter(fake) if isinstance(p, torch.nn.Parameter) else fake)
-    objective = torch.compile(model, dynamic=False, fullgraph=True)
+    objective = torch.compile(fake_cuda.place(model), dynamic=False, fullgraph=True)
 
     def sequence(length: int):
         table = empty(2 * length, 1, config.head_dim // 4, dtype=dtype)

@@ -17,8 +17,6 @@ import fake_cuda
 
 fake_cuda.pretend(90)
 
-from dataclasses import replace
-
 import torch
 from torch._subclasses import FakeTensorMode
 
@@ -53,10 +51,8 @@ settings = train_gpt.PRESETS["tiny"]
 world = train_gpt.World(0, 1, torch.device("cuda", 0))
 dtype = train_gpt.choose_dtype(settings, world.device)
 with fake_cuda.tensors():
-    model = train_gpt.GPT(settings.model, dtype, fp8=train_gpt.choose_fp8(settings, world.device, dtype))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
-        setattr(model, name, torch.nn.Parameter(there) if isinstance(tensor, torch.nn.Parameter) else there)
+    fp8 = train_gpt.choose_fp8(settings, world.device, dtype)
+    model = fake_cuda.place(train_gpt.GPT(settings.model, dtype, fp8=fp8))
     optimizer = train_gpt.Optimizer(model, settings)
     losses = train_gpt.Losses(settings.total_steps, world, train_gpt.Clock(world.device))
     tied = []

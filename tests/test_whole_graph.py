@@ -1,6 +1,7 @@
 """CUDA compiles the whole model as one graph, which is traced on the CPU here; the CPU compiles regions by length."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -60,15 +61,14 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
     assert counter.frame_count == 1
 
 
-def test_no_length_uses_up_the_graphs_of_another():
+def test_no_length_uses_up_the_graphs_of_another(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    last = train_gpt.region(lambda x, times=2: times * x[-1])
     with (
         torch.compiler.set_stance("default"),
         torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True),
     ):
-        if not train_gpt.compiles():
-            pytest.skip("needs a C++ compiler")
         for length in 16, 24, 32:
-            x = torch.randn(length, 8)
-            torch.testing.assert_close(train_gpt.norm(x), x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt())
+            assert last(torch.arange(float(length))) == 2 * (length - 1)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            train_gpt.norm(torch.randn(16, 9))
+            last(torch.arange(32.0), times=3)

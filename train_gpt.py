@@ -37,7 +37,7 @@ import sys
 import time
 import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -694,9 +694,10 @@ def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def largest_scale(x: Tensor) -> Tensor:
-    """The scale (0-d float32) with which `quantize` just fits the largest entry of x."""
-    return x.abs().amax().float().clamp(min=1e-12) / E4M3_MAX
+def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each matrix of x (…, rows, cols) in e4m3, and the float32 scale (…) that just fits its largest entry."""
+    scale = x.abs().amax((-2, -1)).float().clamp(min=1e-12) / E4M3_MAX
+    return quantize(x, scale[..., None, None]), scale
 
 
 def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor | float, dtype=torch.bfloat16, fast: bool = True) -> Tensor:
@@ -767,15 +768,14 @@ def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, 
 class MLP(torch.autograd.Function):
     """relu(x W_in^T)^2 W_out with the kernels: of the hidden layer only the square is kept [59, 87].
 
-    `fp8` has the first product in 8 bits, the backward pass in bf16 [84]. Its scale is that of the whole sequence,
-    which is not causal: for training only.
+    With W_in in 8 bits, too, and its scale, the first product is in 8 bits, the backward pass in bf16 [84]. The scale
+    of x is that of the whole sequence, which is not causal: for training only.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, fp8):
-        scales = (largest_scale(x), largest_scale(w_in)) if fp8 else (None, None)
-        inputs = (quantize(each, scale) for each, scale in zip((x, w_in), scales)) if fp8 else (x, w_in)
-        post = mlp_op(*inputs, *scales, None)
+    def forward(ctx, x, w_in, w_out, w_in8=None, scale=None):
+        x8, x_scale = (x, None) if scale is None else quantize_to_fit(x)
+        post = mlp_op(x8, w_in if scale is None else w_in8, x_scale, scale, None)
         ctx.save_for_backward(x, w_in, w_out, post)
         return post @ w_out
 
@@ -783,14 +783,14 @@ class MLP(torch.autograd.Function):
     def backward(ctx, grad):
         x, w_in, w_out, post = ctx.saved_tensors
         pre_grad = mlp_op(grad, w_out, None, None, post)
-        return pre_grad @ w_in, pre_grad.T @ x, post.T @ grad, None
+        return pre_grad @ w_in, pre_grad.T @ x, post.T @ grad, None, None
 
 
 @region
-def mlp_step(x: Tensor, w_in: Tensor, w_out: Tensor, resid: Tensor, post: Tensor, fp8: bool = False) -> Tensor:
-    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), both matrices (4D, D)."""
+def mlp_step(x: Tensor, weights: tuple[Tensor, ...], resid: Tensor, post: Tensor) -> Tensor:
+    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), weights W_in and W_out (4D, D), and as for `MLP`."""
     y = norm(x)
-    y = MLP.apply(y, w_in, w_out, fp8) if has_kernels(y) else F.relu(y @ w_in.T).square() @ w_out
+    y = MLP.apply(y, *weights) if has_kernels(y) else F.relu(y @ weights[0].T).square() @ weights[1]
     return resid * x + post * y
 
 
@@ -1197,9 +1197,8 @@ class GPT(nn.Module):
         docs = (inputs == config.bos_id).cumsum(0)
         begins = document_starts(inputs, config)
         masks = self.masks(docs, context.windows)
-        weights = self.attention_weights()
-        mlps = self.mlp_bank.unbind()
-        mixes = self.static_mixes()
+        weights, mlps, mixes = self.attention_weights(), self.mlp_weights(fp8), self.static_mixes()
+        value_gates = self.by_layer("value_gates", self.gated_layers)
 
         x = F.embedding(inputs, self.embed)
         if config.smear:
@@ -1222,11 +1221,10 @@ class GPT(nn.Module):
             if layer.attention != "none":
                 a = norm(x if layer.reads is None else after[layer.reads])
                 if row is not None and not layer.mudd:
-                    added = gated_values(a, row, self.value_gates[self.gated_layers.index(i)])
-                mask = masks[layer.attention, layer.window]
-                y = self.attention(i, a, added, begins, next(weights), mask, context)
+                    added = gated_values(a, row, value_gates[i])
+                y = self.attention(layer, a, added, begins, weights[i], masks[layer.attention, layer.window], context)
                 x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
-            x = mlp_step(x, mlps[2 * i], mlps[2 * i + 1], mix.mlp_resid, mix.mlp_post, fp8)
+            x = mlp_step(x, mlps[i], mix.mlp_resid, mix.mlp_post)
             if i in self.named:
                 after[i] = x
         if self.mudd_layers:
@@ -1246,23 +1244,35 @@ class GPT(nn.Module):
                 masks[kind] = make_mask(each, windows[1] if layer.window == "long" else windows[0])
         return masks
 
-    def attention_weights(self):
-        """Yields (W_qk (2D, D), W_v, W_o) of each layer with attention, each times its scalar [47]."""
-        attending, dim = len(self.config.attention_layers), self.config.dim
-        qkv, out = (p.to(self.vo_bank.dtype) for p in (self.qkv_lambdas, self.out_lambdas))
-        qk, vo = self.qk_bank.unbind(), self.vo_bank.unbind()
-        count = 2 * dim // self.qk_bank.size(1)  # matrices of qk_bank a layer
-        for n in range(attending):
-            w_qk = torch.cat(qk[n * count : (n + 1) * count])
-            yield qkv[n] * w_qk, qkv[n] * vo[2 * n], out[n] * vo[2 * n + 1]
+    def by_layer(self, name: str, layers: Iterable[int]) -> dict[int, Tensor]:
+        """What each of these layers has of a small parameter, if the model has it, in the dtype of the stream."""
+        return dict(zip(layers, getattr(self, name).to(self.embed.dtype).unbind())) if hasattr(self, name) else {}
+
+    def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
+        """W_qk (2D, D), W_v and W_o of each layer with attention, times their scalars [47]; XSA's alphas; the gate."""
+        layers, dim = self.config.attention_layers, self.config.dim
+        count = len(layers)
+        qkv, out = (p.to(self.vo_bank.dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
+        w_qk = self.qk_bank.view(-1, dim)[: count * 2 * dim].view(count, 2 * dim, dim)
+        w_v, w_o = self.vo_bank[: 2 * count].unflatten(0, (count, 2)).unbind(1)
+        # Of all layers at once: a product a layer is some hundred kernels more, most of them in the backward pass.
+        matrices = zip((qkv * w_qk).unbind(), (qkv * w_v).unbind(), (out * w_o).unbind())
+        alphas, gates = self.by_layer("xsa_alphas", self.xsa_layers), self.by_layer("attention_gates", layers)
+        return {i: (*each, alphas.get(i), gates.get(i)) for i, each in zip(layers, matrices)}
+
+    def mlp_weights(self, fp8: bool) -> list[tuple[Tensor, ...]]:
+        """W_in and W_out (4D, D) of each layer; with `fp8` also W_in in 8 bits, and its scale [84]."""
+        both, count = self.mlp_bank.unbind(), 2 * len(self.rows)
+        eight = quantize_to_fit(self.mlp_bank[:count:2].detach()) if fp8 else ()
+        return list(zip(both[:count:2], both[1:count:2], *(each.unbind() for each in eight)))
 
     def static_mixes(self) -> list[Mix]:
         """The learned scalars of each layer, in the dtype of the stream."""
         dtype = self.embed.dtype
-        resid, post = (p.to(dtype).unbind() for p in (self.resid_lambdas, self.post_lambdas))
+        resid, post = (p.to(dtype).flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
         start = self.x0_lambdas.to(dtype).unbind()
         bigram = self.bigram_lambdas.to(dtype).unbind() if self.config.bigram else [None] * len(start)
-        return [Mix(r[0], p[0], s, b, r[1], p[1]) for r, p, s, b in zip(resid, post, start, bigram)]
+        return [Mix(*each) for each in zip(resid[::2], post[::2], start, bigram, resid[1::2], post[1::2])]
 
     def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The row (T, D) of each token in each value-embedding table."""
@@ -1289,18 +1299,15 @@ class GPT(nn.Module):
         mix = Mix(factors[0], factors[1], factors[2], bigram, factors[4], factors[5])
         return weighted_sum(to_x, start, earlier, x), added, mix
 
-    def attention(self, i: int, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
-        """Attention of layer i on its input a (T, D), with `added` (T, D) to the values."""
-        config, layer, n = self.config, self.rows[i], self.config.attention_layers.index(i)
-        w_qk, w_v, w_o = weights
+    def attention(self, layer: Layer, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
+        """Attention of a layer on its input a (T, D), with `added` (T, D) to the values."""
+        config, (w_qk, w_v, w_o, alpha, gate) = self.config, weights
         offset, paired = config.key_offset and layer.window == "long", layer.attention == "paired"
         qk = (a @ w_qk.T).unflatten(1, (2 * config.heads, -1))
         q, k = prepare_qk(qk, begins, context.cos, context.sin, offset, paired)
         v = a @ w_v.T if added is None else torch.addmm(added, a, w_v.T)
         v = v.unflatten(1, (config.heads, -1))
         y = attend(q, k, pair_heads(v) if paired else v, mask, context.scale)
-        alpha = self.xsa_alphas[self.xsa_layers.index(i)].to(v.dtype) if layer.xsa else None
-        gate = self.attention_gates[n] if config.attention_gate else None
         return finish_heads(unpair_heads(y) if paired else y, v, alpha, a, gate) @ w_o.T
 
 

@@ -72,8 +72,7 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
         "MLP backward, bf16", 90, lambda x, w, post: train_gpt.mlp_op(x, w, None, None, post),
         lambda x, w, post: 2 * (x @ w.T) * post.sqrt(), (x, w, post), flops=product,
     )  # fmt: skip
-    scales = train_gpt.largest_scale(x), train_gpt.largest_scale(w)
-    x8, w8 = (train_gpt.quantize(each, scale) for each, scale in zip((x, w), scales))
+    (x8, w8), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
     yield Case(
         "MLP forward, FP8", 90, lambda x, w: train_gpt.mlp_op(x, w, *scales, None),
         lambda x, w: F.relu(dequantized_product(x, w, *scales)).square(), (x8, w8), flops=product,

@@ -136,8 +136,7 @@ def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
     x, w = torch.randn(rows, inner).to(BF16), torch.randn(columns, inner).to(BF16) / inner**0.5
     scales = (None, None)
     if fp8:
-        scales = train_gpt.largest_scale(x), train_gpt.largest_scale(w)
-        x, w = (train_gpt.quantize(each, scale) for each, scale in zip((x, w), scales))
+        (x, w), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
     post = train_gpt.mlp_op(x, w, *scales, None)
     product = x.double() @ w.double().T
     if fp8:
@@ -166,7 +165,8 @@ def test_mlp_and_its_gradients(fp8):
     """In bf16 against autograd in float64; in 8 bits against the same with quantized inputs of the first product."""
     x, w_in, w_out = torch.randn(37, 32), torch.randn(80, 32) / 6, torch.randn(80, 32) / 9
     given = [each.to(BF16).requires_grad_() for each in (x, w_in, w_out)]
-    y = train_gpt.MLP.apply(*given, fp8)
+    eight = train_gpt.quantize_to_fit(given[1].detach()) if fp8 else ()
+    y = train_gpt.MLP.apply(*given, *eight)
     upstream = torch.randn(37, 32).to(BF16)
     grads = torch.autograd.grad(y, given, upstream)
 

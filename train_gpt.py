@@ -35,12 +35,12 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -209,10 +209,6 @@ class Settings:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.all_stages)
 
-    @property
-    def scheduled_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
     def stage_at(self, step: int) -> tuple[Stage, int]:
         """The stage of a step, and its first step. The end of the run counts to the last stage."""
         first = 0
@@ -289,8 +285,7 @@ PRESETS = {
 FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
 
 
-@dataclass(frozen=True)
-class ParameterRow:
+class ParameterRow(NamedTuple):
     """One row of the table of parameters; the last three are its betas, and its factors of `adam_lr` and `adam_wd`.
 
     Banks of matrices are NorMuon's; with `--muon false` they are Adam's, like the rest. Of banks and tables each rank
@@ -339,8 +334,7 @@ class UserError(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Hyper:
+class Hyper(NamedTuple):
     """What the schedule says about one step."""
 
     stage: Stage
@@ -353,8 +347,9 @@ class Hyper:
 def schedule(settings: Settings, step: int) -> Hyper:
     """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
     stage, first = settings.stage_at(step)
-    constant = settings.scheduled_steps * (1 - settings.cooldown)
-    t = min(max((step - constant) / (settings.scheduled_steps - constant), 0.0), 1.0)
+    scheduled = settings.total_steps - settings.extension.steps
+    constant = scheduled * (1 - settings.cooldown)
+    t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
     warm = min(step / settings.momentum_warmup, 1.0)
     cool = max((step - (settings.total_steps - settings.momentum_cooldown)) / settings.momentum_cooldown, 0.0)
     return Hyper(
@@ -364,17 +359,6 @@ def schedule(settings: Settings, step: int) -> Hyper:
         adam=step % 2 == 1,
         mtp=tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp)),
     )
-
-
-def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
-    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window up to there."""
-    state = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
-    first = 0
-    for before, after in itertools.pairwise(settings.all_stages):
-        first += before.steps
-        if settings.yarn and step >= first and after.windows[1] > before.windows[1]:
-            state = yarn(*state, before.windows[1], after.windows[1])
-    return state
 
 
 def final_windows(settings: Settings) -> tuple[int, int]:
@@ -473,9 +457,7 @@ def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Te
     return out
 
 
-@symmetric_op.register_fake
-def _(a, add, alpha, beta):
-    return a.new_empty(a.size(0), a.size(1), a.size(1))
+symmetric_op.register_fake(lambda a, add, alpha, beta: a.new_empty(a.size(0), a.size(1), a.size(1)))
 
 
 def symmetric_product(a: Tensor, add: Tensor | None = None, alpha: float = 1, beta: float = 1) -> Tensor:
@@ -633,9 +615,7 @@ def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
     transpose_kernel[grid](source.contiguous(), out, rows, columns, add, BLOCK=64)
 
 
-@transpose_op.register_fake
-def _(source, out, add):
-    return None
+transpose_op.register_fake(lambda source, out, add: None)
 
 
 def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -842,15 +822,21 @@ def rotary_frequencies(head_dim: int) -> Tensor:
     return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
 
 
-def yarn(frequencies: Tensor, scale: float, old: int, new: int) -> tuple[Tensor, float]:
-    """Rotary frequencies and softmax scale when the long window grows from `old` to `new` tokens [31].
+def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
+    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window up to there [31].
 
     Channels that turn fewer than once in a window are stretched with it, those that turn more than 32 times are not.
     """
-    rotations = old * frequencies / (2 * math.pi)
-    ratio = old / new
-    keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
-    return frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
+    frequencies, scale = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
+    first = 0
+    for before, after in itertools.pairwise(settings.all_stages):
+        first += before.steps
+        old, new = before.windows[1], after.windows[1]
+        if settings.yarn and step >= first and new > old:
+            rotations, ratio = old * frequencies / (2 * math.pi), old / new
+            keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+            frequencies, scale = frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
+    return frequencies, scale
 
 
 def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -1016,7 +1002,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
 # ======================================================================================================================
 
 
-class Context(typing.NamedTuple):
+class Context(NamedTuple):
     """What the forward pass needs besides weights and tokens."""
 
     cos: Tensor  # (2T, 1, d/4): paired heads have twice the positions
@@ -1038,7 +1024,7 @@ def make_context(config: ModelConfig, length: int, windows: tuple[int, int], lik
     return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
 
 
-class Mix(typing.NamedTuple):
+class Mix(NamedTuple):
     """The factors with which a layer's parts enter the stream: learned scalars (0-d), or MUDD's (T, 1) a token each."""
 
     resid: Tensor
@@ -1268,11 +1254,12 @@ class GPT(nn.Module):
 
     def static_mixes(self) -> list[Mix]:
         """The learned scalars of each layer, in the dtype of the stream."""
-        dtype = self.embed.dtype
-        resid, post = (p.to(dtype).flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
-        start = self.x0_lambdas.to(dtype).unbind()
-        bigram = self.bigram_lambdas.to(dtype).unbind() if self.config.bigram else [None] * len(start)
-        return [Mix(*each) for each in zip(resid[::2], post[::2], start, bigram, resid[1::2], post[1::2])]
+        resid, post = (p.to(self.embed.dtype).flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
+        layers = range(len(self.rows))
+        start, bigram = self.by_layer("x0_lambdas", layers), self.by_layer("bigram_lambdas", layers)
+        return [
+            Mix(resid[2 * i], post[2 * i], start[i], bigram.get(i), resid[2 * i + 1], post[2 * i + 1]) for i in layers
+        ]
 
     def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The row (T, D) of each token in each value-embedding table."""
@@ -1554,8 +1541,7 @@ class Optimizer:
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     path: str
     tokens: np.ndarray  # uint16
     starts: np.ndarray  # position of every document's BOS
@@ -1612,8 +1598,7 @@ def fill_slices(ends: np.ndarray, first: int, slices: int, need: int) -> list[in
     return bounds if bounds[-1] < len(ends) else None
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Where one step's tokens come from: slices + 1 document numbers of one shard (see `fill_slices`)."""
 
     path: str
@@ -1760,8 +1745,7 @@ class StopSignal:
         self.signum = signum
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """This process among the others, and its device."""
 
     rank: int
@@ -2182,7 +2166,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
-            optimizer.step(replace(schedule(settings, 0), stage=stage, adam=adam))
+            optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
     for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, dummy(world.size, settings.val_seq_len + 1), context, world)
@@ -2458,7 +2442,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
         fields = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
         names[owner] = [f.name for f in fields]
         for f in fields:
-            kind, default = (typing.get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
+            kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
             shown = f" (default: {default})" if default not in (None, "") else ""
             flag = {"nargs": "?", "const": True} if kind is bool else {}
             text = f.metadata["help"].replace("%", "%%") + shown

@@ -75,7 +75,7 @@ ONE_STEP = """
 def one_step(original, *args):
     original(*args)
     sys.exit()
-wrap(train_gpt, "schedule", lambda original, *args: dataclasses.replace(original(*args), adam=True))
+wrap(train_gpt, "schedule", lambda original, *args: original(*args)._replace(adam=True))
 wrap(train_gpt.Optimizer, "step", one_step)
 train_gpt.warm_up = lambda *args: None
 """

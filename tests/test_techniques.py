@@ -586,7 +586,7 @@ def test_q_and_k_are_orthogonalized_two_heads_at_a_time_or_whole(head_pairs):
     matrices = model.qk_bank.grad.double().reshape(12, 32, 32)
     before = model.qk_bank.detach().double().reshape(12, 32, 32).clone()
     settings = replace(TINY, model=config, muon_lr=0.1, muon_wd=0.0)
-    Optimizer(model, settings).step(replace(schedule(settings, 0), lr=1.0, momentum=0.0, adam=False))
+    Optimizer(model, settings).step(schedule(settings, 0)._replace(lr=1.0, momentum=0.0, adam=False))
     steps = (before - model.qk_bank.detach().double().reshape(12, 32, 32)) / 0.1
     for step, gradient in zip(steps, matrices):
         for rows in (slice(0, 16), slice(16, 32)) if head_pairs else (slice(0, 32),):

@@ -13,7 +13,6 @@ import time
 
 BEGIN = time.perf_counter()
 
-from dataclasses import replace  # noqa: E402
 
 import torch  # noqa: E402
 from runs import command, compile_or_not, stage_alone  # noqa: E402
@@ -64,7 +63,7 @@ class Runner:
                 self.optimizer.touched.append(train_gpt.touched_rows(tokens, settings.model))
             tokens = tokens.to(device, non_blocking=True)
             train_gpt.train_step(self.objective, tokens, context, settings.slices)
-            self.optimizer.step(replace(hyper, adam=step % 2 == 1))
+            self.optimizer.step(hyper._replace(adam=step % 2 == 1))
             yield
 
 

@@ -1025,12 +1025,12 @@ def make_context(config: ModelConfig, length: int, windows: tuple[int, int], lik
 
 
 class Mix(NamedTuple):
-    """The factors with which a layer's parts enter the stream: learned scalars (0-d), or MUDD's (T, 1) a token each."""
+    """The factors (T, 1) with which a layer's parts enter the stream: the same for all tokens, or made by MUDD."""
 
     resid: Tensor
     post: Tensor
     start: Tensor
-    bigram: Tensor | None
+    bigram: Tensor
     mlp_resid: Tensor
     mlp_post: Tensor
 
@@ -1183,7 +1183,7 @@ class GPT(nn.Module):
         docs = (inputs == config.bos_id).cumsum(0)
         begins = document_starts(inputs, config)
         masks = self.masks(docs, context.windows)
-        weights, mlps, mixes = self.attention_weights(), self.mlp_weights(fp8), self.static_mixes()
+        weights, mlps, mixes = self.attention_weights(), self.mlp_weights(fp8), self.static_mixes(len(inputs))
         value_gates = self.by_layer("value_gates", self.gated_layers)
 
         x = F.embedding(inputs, self.embed)
@@ -1252,14 +1252,14 @@ class GPT(nn.Module):
         eight = quantize_to_fit(self.mlp_bank[:count:2].detach()) if fp8 else ()
         return list(zip(both[:count:2], both[1:count:2], *(each.unbind() for each in eight)))
 
-    def static_mixes(self) -> list[Mix]:
+    def static_mixes(self, length: int) -> list[Mix]:
         """The learned scalars of each layer, in the dtype of the stream."""
-        resid, post = (p.to(self.embed.dtype).flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
-        layers = range(len(self.rows))
-        start, bigram = self.by_layer("x0_lambdas", layers), self.by_layer("bigram_lambdas", layers)
-        return [
-            Mix(resid[2 * i], post[2 * i], start[i], bigram.get(i), resid[2 * i + 1], post[2 * i + 1]) for i in layers
-        ]
+        resid, post, start = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
+        bigram = self.bigram_lambdas if self.config.bigram else torch.zeros_like(start)
+        factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1]), 1).flatten()
+        # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each.
+        factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).unbind()
+        return [Mix(*factors[6 * i : 6 * i + 6]) for i in range(len(start))]
 
     def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """The row (T, D) of each token in each value-embedding table."""
@@ -1277,14 +1277,12 @@ class GPT(nn.Module):
     def mudd(self, x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None):
         """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
         c = mudd_coefficients(x, *self.mudd_weights(0))
-        to_v, to_x, (gate0, gate1), factors = c[:3], (c[3], c[4], 1 + c[5]), c[6:8], c[8:]
+        to_v, to_x, (gate0, gate1) = c[:3], (c[3], c[4], 1 + c[5]), c[6:8]
         added = weighted_sum(to_v, start, earlier, x)
         if row is not None:
             first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
             added = added + torch.cat((gate0 * first, gate1 * second), dim=1)
-        bigram = factors[3] if self.config.bigram else None
-        mix = Mix(factors[0], factors[1], factors[2], bigram, factors[4], factors[5])
-        return weighted_sum(to_x, start, earlier, x), added, mix
+        return weighted_sum(to_x, start, earlier, x), added, Mix(*c[8:])
 
     def attention(self, layer: Layer, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
         """Attention of a layer on its input a (T, D), with `added` (T, D) to the values."""

@@ -135,6 +135,7 @@ def test_every_graph_of_a_run_compiles_for_a_gpu_that_is_not_there():
         assert float(seconds) > float(triton) > float(longest) > 0
         assert float(longest) < 60, "a kernel that takes minutes to compile"
         assert int(kernels) > int(spill) >= 0 and 0 < int(shared) <= 163 * 1024
+        assert int(kernels) < 130, "what all layers could do in one kernel, each does in its own"
 
 
 def test_a_mistake_in_the_options_of_graphs_is_one_line():

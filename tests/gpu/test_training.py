@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,7 @@ def test_a_step_does_not_wait_for_the_device_and_compiles_nothing():
             torch.cuda.set_sync_debug_mode("error")
             try:
                 loss = train_gpt.train_step(objective, tokens, context, settings.slices)
-                optimizer.step(replace(train_gpt.schedule(settings, step), adam=step % 2 == 1))
+                optimizer.step(train_gpt.schedule(settings, step)._replace(adam=step % 2 == 1))
                 losses.record(step + 1, loss, False)
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -1081,7 +1081,7 @@ MUDD_HIDDEN, MUDD_LAYER, MUDD_END = 64, 14, 5  # width; coefficients before the 
 @region
 def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """Coefficients (T, 1) that a small network makes of each token: 0.1 * (W2 gelu(W1 x) + b) (arXiv 2502.12170)."""
-    return (0.1 * (F.gelu(x @ w1.T) @ w2.T + bias)).split(1, dim=1)
+    return (0.1 * (F.gelu(x @ w1.T) @ w2.T + bias)).T.contiguous()[:, :, None].unbind()
 
 
 @region
@@ -1257,8 +1257,9 @@ class GPT(nn.Module):
         resid, post, start = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
         bigram = self.bigram_lambdas if self.config.bigram else torch.zeros_like(start)
         factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1]), 1).flatten()
-        # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each.
-        factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).unbind()
+        # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each. Contiguous
+        # like MUDD's, so that the regions' graphs serve both.
+        factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
         return [Mix(*factors[6 * i : 6 * i + 6]) for i in range(len(start))]
 
     def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:

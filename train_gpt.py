@@ -2147,7 +2147,7 @@ def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tens
 def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
     """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
     tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
-    before = [tensor.detach().cpu().clone() for tensor in tensors]
+    before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
     generator = torch.Generator().manual_seed(world.rank)
 

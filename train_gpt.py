@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -293,7 +293,7 @@ class ParameterRow(NamedTuple):
     """
 
     kind: str  # "bank", "table", "gate", "scalar"
-    start: float | str  # a constant, or what `GPT` makes of it
+    start: float | str  # a constant, or what `GPT` makes of it, with its standard deviation
     betas: tuple[float, float]
     lr: float
     wd: float
@@ -304,9 +304,9 @@ PARAMETERS = {  # those of a kind in the order in which ranks exchange them
     "value_embeds": ParameterRow("table", "normal 0.01", (0.75, 0.95), 75, 5),
     "lm_head": ParameterRow("table", "normal 0.005", (0.5, 0.95), 1, 150),
     "embed": ParameterRow("table", "lm_head^T", (0.5, 0.95), 1, 150),
-    "qk_bank": ParameterRow("bank", "uniform", (0.9, 0.95), 0.125, 10),
-    "vo_bank": ParameterRow("bank", "uniform", (0.9, 0.95), 0.125, 10),
-    "mlp_bank": ParameterRow("bank", "uniform, out 0", (0.9, 0.95), 0.125, 10),
+    "qk_bank": ParameterRow("bank", "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
+    "vo_bank": ParameterRow("bank", "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
+    "mlp_bank": ParameterRow("bank", "uniform 0.5/sqrt(D), out 0", (0.9, 0.95), 0.125, 10),
     "resid_lambdas": ParameterRow("scalar", 1.1**0.5, (0.9, 0.95), 5, 0),  # a layer makes the stream 1.1 times [45]
     "post_lambdas": ParameterRow("scalar", 1, (0.9, 0.95), 1, 0),
     "x0_lambdas": ParameterRow("scalar", 0, (0.9, 0.95), 1, 0),
@@ -1051,7 +1051,6 @@ def bigram_rows(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
 @region
 def bigram_embedding(tokens: Tensor, begins: Tensor, table: Tensor, signs: Tensor) -> Tensor:
     """The hashed embedding (T, channels) of each token and the one before, times a row of random signs [83]."""
-    tokens = tokens.int()
     sign_rows = torch.where(begins, 0, (previous(tokens) ^ tokens) % len(signs))
     return F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
 
@@ -1090,11 +1089,6 @@ def weighted_sum(factors: tuple[Tensor, ...], *terms: Tensor) -> Tensor:
     return sum(factor * term for factor, term in zip(factors, terms))
 
 
-def matrix_bound(config: ModelConfig) -> float:
-    """Matrices start uniform between -bound and bound, with a standard deviation of 0.5 / sqrt(D)."""
-    return 3**0.5 * 0.5 * config.dim**-0.5
-
-
 class GPT(nn.Module):
     """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`.
 
@@ -1125,7 +1119,7 @@ class GPT(nn.Module):
                 value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
             setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
 
-        bound = matrix_bound(config)
+        bound = 3**0.5 * 0.5 * dim**-0.5
         add("lm_head", dim, vocab)
         add("embed", value=self.lm_head.data.T.contiguous())
         # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
@@ -1151,6 +1145,7 @@ class GPT(nn.Module):
             self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
         if self.value_layers:
             add("value_embeds", (1 + max(rows[i].value_embed for i in self.value_layers)) * vocab, dim)
+        if self.gated_layers:
             add("value_gates", len(self.gated_layers), heads, 12)
         if self.xsa_layers:
             add("xsa_alphas", len(self.xsa_layers), heads)
@@ -1194,7 +1189,10 @@ class GPT(nn.Module):
         if config.bigram:
             bigram = bigram_embedding(inputs, begins, self.bigram_table, self.bigram_signs)
             x = add_channels(x, mixes[0].bigram * bigram)
-        values = self.value_rows(inputs)
+        values = ()  # the row (T, D) of each token in each value-embedding table
+        if self.value_layers:
+            firsts = torch.arange(0, len(self.value_embeds), config.padded_vocab, device=inputs.device)
+            values = F.embedding(inputs + firsts[:, None], self.value_embeds).unbind()
         start, after = x, {}  # the stream at the start, and after the layers that others name
 
         for i, layer in enumerate(self.rows):
@@ -1216,19 +1214,14 @@ class GPT(nn.Module):
         if self.mudd_layers:
             first, second, third = (after[i] for i in config.mudd_sources)
             sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
-            coefficients = mudd_coefficients(x, *self.mudd_weights(1))
-            x = weighted_sum((1.0, *coefficients), x, *sources)
+            x = weighted_sum((1.0, *self.coefficients(x, 1)), x, *sources)
         return norm(x)
 
     def masks(self, docs: Tensor, windows) -> dict[tuple[str, str], BlockMask | Tensor]:
         """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
-        masks = {}
-        for layer in self.rows:
-            kind = layer.attention, layer.window
-            if layer.attention != "none" and kind not in masks:
-                each = docs.repeat_interleave(2) if layer.attention == "paired" else docs
-                masks[kind] = make_mask(each, windows[1] if layer.window == "long" else windows[0])
-        return masks
+        docs, windows = {"plain": docs, "paired": docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
+        kinds = dict.fromkeys((layer.attention, layer.window) for layer in self.rows if layer.attention != "none")
+        return {(attention, window): make_mask(docs[attention], windows[window]) for attention, window in kinds}
 
     def by_layer(self, name: str, layers: Iterable[int]) -> dict[int, Tensor]:
         """What each of these layers has of a small parameter, if the model has it, in the dtype of the stream."""
@@ -1262,22 +1255,14 @@ class GPT(nn.Module):
         factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
         return [Mix(*factors[6 * i : 6 * i + 6]) for i in range(len(start))]
 
-    def value_rows(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The row (T, D) of each token in each value-embedding table."""
-        if not self.value_layers:
-            return ()
-        vocab = self.config.padded_vocab
-        offsets = vocab * torch.arange(len(self.value_embeds) // vocab, device=inputs.device)
-        return F.embedding(inputs + offsets[:, None], self.value_embeds).unbind()
-
-    def mudd_weights(self, place: int) -> tuple[Tensor, Tensor, Tensor]:
-        """W1, W2 and bias of the network before the MUDD layer (place 0) or after the last layer (place 1)."""
-        part = slice(0, MUDD_LAYER) if place == 0 else slice(MUDD_LAYER, None)
-        return self.mudd_w1[place], self.mudd_w2[part], self.mudd_bias[part].to(self.mudd_w2.dtype)
+    def coefficients(self, x: Tensor, place: int) -> tuple[Tensor, ...]:
+        """MUDD's for each token: before the layer that has it (place 0), or after the last layer (place 1)."""
+        w2, bias = (p.split((MUDD_LAYER, MUDD_END))[place] for p in (self.mudd_w2, self.mudd_bias))
+        return mudd_coefficients(x, self.mudd_w1[place], w2, bias.to(w2.dtype))
 
     def mudd(self, x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None):
         """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
-        c = mudd_coefficients(x, *self.mudd_weights(0))
+        c = self.coefficients(x, 0)
         to_v, to_x, (gate0, gate1) = c[:3], (c[3], c[4], 1 + c[5]), c[6:8]
         added = weighted_sum(to_v, start, earlier, x)
         if row is not None:
@@ -1367,83 +1352,74 @@ class Optimizer:
         self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
         self.muon = BANKS if settings.muon else ()  # the parameters that are NorMuon's
+        self.updates, self.tied = 0, settings.stages[0].tied  # Adam's t: embed, once untied, takes over the head's
         self.state: dict[str, dict[str, Tensor]] = {}
-        self.updates = {name: 0 for name in self.params if name not in self.muon}  # Adam's t, each parameter's own
-        self.tied = settings.stages[0].tied
-        for name in self.params:
-            part = self.part(name)
+        self.factors: dict[str, Tensor] = {}
+        for name, p in self.params.items():
+            part = self.share(name, p.data)
             state = {"exp_avg": torch.zeros_like(part, dtype=torch.float32)}
             if name in self.muon:
-                rows, cols = part.shape[-2:]
-                shape = (rows, 1) if rows >= cols else (1, cols)
-                state["mean_sq"] = torch.zeros(len(part), *shape, device=part.device)
+                count, rows, cols = p.shape
+                mean_sq = part[:, :, :1] if rows >= cols else part[:, :1]
+                state["mean_sq"] = torch.zeros_like(mean_sq, dtype=torch.float32)
                 if part.dtype == torch.bfloat16:
                     state["low"] = torch.zeros_like(part, dtype=torch.uint16)
+                # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
+                factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=part.device)
+                if name == "mlp_bank":
+                    factors[1::2] *= 2
+                self.factors[name] = self.share(name, factors)
             else:
                 state["exp_avg_sq"] = torch.zeros_like(part, dtype=torch.float32)
             self.state[name] = state
-        # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
-        self.factors = {}
-        for name in self.muon:
-            count, rows, cols = self.params[name].shape
-            factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5)
-            if name == "mlp_bank":
-                factors[1::2] *= 2
-            self.factors[name] = self.share(factors).to(self.params[name].device)
 
-    def share(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor's first axis."""
+    def share(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of what has a parameter's first axis: of a small one, which no one shares, the whole."""
         size = len(whole) // self.world_size
-        return whole[self.rank * size : (self.rank + 1) * size]
-
-    def part(self, name: str) -> Tensor:
-        """What this rank updates of a parameter: a view."""
-        whole = self.params[name].data
-        return whole if name in SMALL else self.share(whole)
+        return whole if name in SMALL else whole[self.rank * size : (self.rank + 1) * size]
 
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
+        head, embed, tied = self.params["lm_head"], self.params["embed"], hyper.adam and self.tied
         active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in self.muon)]
-        if hyper.adam and self.tied:
-            transposed(self.params["embed"].grad, out=self.params["lm_head"].grad, add=True)
+        if tied:
+            transposed(embed.grad, out=head.grad, add=True)
+            embed.grad = None
             active.remove("embed")
         reduced = {name: self.start_reduction(name) for name in active}
+        self.updates += hyper.adam
         gathers = []
-        for name in (name for name in UPDATE_ORDER if name in reduced):
-            self.update(name, reduced[name](), hyper)
+        for name in sorted(active, key=UPDATE_ORDER.index):
+            p, (works, part) = self.params[name], reduced[name]
+            for work in works:
+                work.wait()
+            self.update(name, part(), hyper)
+            p.grad = None
             if self.world_size > 1 and name not in SMALL:
-                gathers.append(all_gather(self.params[name].data, self.part(name), async_op=True))
+                gathers.append(all_gather(p.data, self.share(name, p.data), async_op=True))
         for work in gathers:
             work.wait()
-        for name in active:
-            self.params[name].grad = None
-        if hyper.adam and self.tied:
-            self.params["embed"].grad = None
-            transposed(self.params["lm_head"].data, out=self.params["embed"].data)
-            if not hyper.stage.tied:
-                self.untie()
+        if tied:
+            transposed(head.data, out=embed.data)
+            self.tied = hyper.stage.tied
+        if tied and not self.tied:  # embed's own Adam begins as a transposed copy of the head's [51, 53]
+            for key, part in self.state["lm_head"].items():
+                self.state["embed"][key].copy_(self.share("embed", self.gather("lm_head", part).T))
 
-    def start_reduction(self, name: str) -> Callable[[], Tensor]:
-        """Starts averaging a gradient over ranks; returns what waits for, and returns, this rank's part of it."""
+    def start_reduction(self, name: str) -> tuple[list[dist.Work], Callable[[], Tensor]]:
+        """Starts averaging a gradient over ranks; returns what to wait for, and what then gives this rank's part."""
         grad = self.params[name].grad
         if self.world_size == 1:
-            return lambda: grad
+            return [], lambda: grad
         if name == "bigram_table" and self.sparse:
             return self.exchange_rows(grad)
         if name in SMALL:
-            part, work = grad, dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        else:
-            part = torch.empty_like(self.part(name))
-            work = reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+            return [dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)], lambda: grad
+        part = torch.empty_like(self.share(name, self.params[name].data))
+        return [reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)], lambda: part
 
-        def finish() -> Tensor:
-            work.wait()
-            return part
-
-        return finish
-
-    def exchange_rows(self, grad: Tensor) -> Callable[[], Tensor]:
+    def exchange_rows(self, grad: Tensor) -> tuple[list[dist.Work], Callable[[], Tensor]]:
         """The reduce-scatter of a gradient (rows, cols) of which few rows are not zero: each goes to its owner alone.
 
         Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
@@ -1457,31 +1433,26 @@ class Optimizer:
         splits = receives.tolist(), sends.tolist()
         rows = rows.to(grad.device, non_blocking=True)
         index, values = rows.new_empty(sum(splits[0])), grad.new_empty(sum(splits[0]), grad.size(1))
-        works = [
-            dist.all_to_all_single(got, given, *splits, async_op=True)
-            for got, given in ((index, rows), (values, grad[rows]))
-        ]
+        exchanged = (index, rows), (values, grad[rows])
+        works = [dist.all_to_all_single(got, given, *splits, async_op=True) for got, given in exchanged]
 
-        def finish() -> Tensor:
-            for work in works:
-                work.wait()
+        def sum_up() -> Tensor:
             total = torch.zeros(size, grad.size(1), device=grad.device)
             total.index_add_(0, index - self.rank * size, values.float())
             return (total / self.world_size).to(grad.dtype)
 
-        return finish
+        return works, sum_up
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
-        settings, state, part = self.settings, self.state[name], self.part(name)
+        settings, state, part = self.settings, self.state[name], self.share(name, self.params[name].data)
         if name in self.muon:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
             tensors = (state.get("low"), grad, state["exp_avg"], state["mean_sq"], self.factors[name])
             normuon_update(part, *tensors, *map(torch.tensor, numbers))
         else:
             row = PARAMETERS[name]
-            self.updates[name] += 1
             lr = settings.adam_lr * hyper.lr * row.lr
-            bias = [1 - beta ** self.updates[name] for beta in row.betas]
+            bias = [1 - beta**self.updates for beta in row.betas]
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
             tensors = (part, grad, state["exp_avg"], state["exp_avg_sq"])
             adam_update(*(tensor.view(-1) for tensor in tensors), *map(torch.tensor, numbers))
@@ -1493,13 +1464,6 @@ class Optimizer:
         whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
         all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
         return whole
-
-    def untie(self) -> None:
-        """From here on `embed` has an Adam of its own, which begins as a transposed copy of the head's [51, 53]."""
-        self.tied = False
-        self.updates["embed"] = self.updates["lm_head"]
-        for key, part in self.state["lm_head"].items():
-            self.state["embed"][key].copy_(self.share(self.gather("lm_head", part).T))
 
     def state_dict(self) -> dict:
         """All state, whole and on the CPU, whatever the number of ranks; and the gradients that wait for Adam.
@@ -1515,20 +1479,19 @@ class Optimizer:
         for grad in grads.values() if self.world_size > 1 else ():
             dist.all_reduce(grad, op=dist.ReduceOp.AVG)
         grads = {name: keep(grad) for name, grad in grads.items()}
-        return {"states": states, "grads": grads, "updates": dict(self.updates), "tied": self.tied}
+        return {"states": states, "grads": grads, "updates": self.updates, "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
         for name, state in saved["states"].items():
             for key, whole in state.items():
-                part = whole if name in SMALL else self.share(resize(whole, len(self.params[name])))
-                self.state[name][key].copy_(part)
+                self.state[name][key].copy_(self.share(name, resize(whole, len(self.params[name]))))
         for name, grad in saved["grads"].items():
             p = self.params[name]
             p.grad = resize(grad, len(p)).to(p.device)
         if self.sparse and "bigram_table" in saved["grads"]:
             self.touched.append(saved["grads"]["bigram_table"].any(1).nonzero().squeeze(1))
-        self.updates, self.tied = dict(saved["updates"]), saved["tied"]
+        self.updates, self.tied = saved["updates"], saved["tied"]
 
 
 # ======================================================================================================================
@@ -1541,9 +1504,8 @@ class Optimizer:
 
 
 class Shard(NamedTuple):
-    path: str
     tokens: np.ndarray  # uint16
-    starts: np.ndarray  # position of every document's BOS
+    bounds: np.ndarray  # the position of every document's BOS, and the end
 
 
 def find_shards(pattern: str, preset: str) -> list[str]:
@@ -1573,32 +1535,17 @@ def read_shard(path: str, config: ModelConfig) -> Shard:
     elif size != expected:
         what = "truncated" if size < expected else "too long"
         problem = f"{what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again"
-    elif len(tokens) and tokens.max() >= config.vocab_size:
+    elif tokens.max(initial=0) >= config.vocab_size:
         problem = f"token {tokens.max()} is outside the vocabulary of {config.vocab_size}; is it another tokenizer's?"
     elif not (tokens == config.bos_id).any():
         problem = f"no BOS (token {config.bos_id}); every document must start with BOS"
     if problem:
         raise UserError(f"{path}: {problem}")
-    starts = np.flatnonzero(tokens == config.bos_id)
-    return Shard(path, tokens, starts)
-
-
-def fill_slices(ends: np.ndarray, first: int, slices: int, need: int) -> list[int] | None:
-    """Cuts documents into slices of `need` tokens each, from document `first` on, or None if they do not suffice.
-
-    `ends` (documents + 1,) are the running sums of the documents' lengths, from 0. Returns slices + 1 documents: slice
-    s has those from the s-th up to, not including, the next; the last of them is cut so that the slice is exactly full.
-    """
-    bounds = [first]
-    for _ in range(slices):
-        if bounds[-1] >= len(ends):
-            return None
-        bounds.append(int(np.searchsorted(ends, ends[bounds[-1]] + need)))
-    return bounds if bounds[-1] < len(ends) else None
+    return Shard(tokens, np.append(np.flatnonzero(tokens == config.bos_id), len(tokens)))
 
 
 class Batch(NamedTuple):
-    """Where one step's tokens come from: slices + 1 document numbers of one shard (see `fill_slices`)."""
+    """Where one step's tokens come from: slice s has the documents of one shard from bounds[s] up to bounds[s + 1]."""
 
     path: str
     bounds: list[int]
@@ -1606,41 +1553,48 @@ class Batch(NamedTuple):
     max_seq_len: int
 
 
+def cut_shard(settings: Settings, path: str, lengths: np.ndarray, first: int) -> Iterator[Batch]:
+    """The batches of the steps from `first` on, as far as a shard's documents suffice, of which these are the lengths.
+
+    Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
+    """
+    document = limit = 0
+    for step in range(first, settings.total_steps):
+        stage, _ = settings.stage_at(step)
+        if limit != stage.max_seq_len:
+            limit = stage.max_seq_len
+            ends = np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf]))  # tokens before each document
+        length, bounds = stage.batch_tokens // settings.slices, [document]
+        for _ in range(settings.slices):
+            bounds.append(int(np.searchsorted(ends, ends[bounds[-1]] + length + 1)))
+        document = bounds[-1]
+        if document > len(lengths):
+            return
+        yield Batch(path, bounds, length, limit)
+
+
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
     """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at.
 
     When the documents of a shard run out, the incomplete batch is dropped and begun again in the next shard.
     """
-    plan, sizes, lengths, total = [], {}, {}, settings.total_steps
-    for epoch in itertools.count(1):
-        before = len(plan)
+    plan, sizes, lengths, total, epoch = [], {}, {}, settings.total_steps, 0
+    while len(plan) < total:
+        before, epoch = len(plan), epoch + 1
         for path in itertools.takewhile(lambda _: len(plan) < total, paths):
             if path not in lengths:
-                shard = read_shard(path, settings.model)
-                sizes[path] = len(shard.tokens)
-                lengths[path] = np.diff(np.append(shard.starts, len(shard.tokens)))
-            document, limit = 0, None
-            while len(plan) < total:
-                stage, _ = settings.stage_at(len(plan))
-                if limit != stage.max_seq_len:
-                    limit = stage.max_seq_len
-                    ends = np.concatenate(([0], np.cumsum(np.minimum(lengths[path], limit))))
-                length = stage.batch_tokens // settings.slices
-                bounds = fill_slices(ends, document, settings.slices, length + 1)
-                if bounds is None:
-                    break
-                plan.append(Batch(path, bounds, length, limit))
-                document = bounds[-1]
+                tokens, bounds = read_shard(path, settings.model)
+                sizes[path], lengths[path] = len(tokens), np.diff(bounds)
+            plan.extend(cut_shard(settings, path, lengths[path], len(plan)))
         if len(plan) == before:
+            stage, _ = settings.stage_at(len(plan))
             raise UserError(
                 f"{settings.train_files}: no shard has documents for one batch of {stage.batch_tokens:,} tokens "
                 f"(cut to {stage.max_seq_len:,}); the largest of {len(paths)} has {max(sizes.values()):,} tokens"
             )
-        if epoch <= settings.epochs:
+        if epoch == settings.epochs:
             allowed = len(plan)  # steps that the data suffice for
-        if len(plan) == total:
-            break
-    if allowed < total:
+    if epoch > settings.epochs:
         have, need = (sum(batch.length * settings.slices for batch in part) for part in (plan[:allowed], plan))
         raise UserError(
             f"{settings.train_files}: too few training tokens: {have:,} in {len(paths)} shards and {settings.epochs} "
@@ -1651,20 +1605,19 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
 
 def slice_tokens(shard: Shard, batch: Batch, index: int) -> np.ndarray:
     """The length + 1 tokens of a batch's slice."""
-    documents = range(batch.bounds[index], batch.bounds[index + 1])
-    ends = np.append(shard.starts[1:], len(shard.tokens))
-    pieces = [shard.tokens[shard.starts[d] : min(ends[d], shard.starts[d] + batch.max_seq_len)] for d in documents]
+    bounds = shard.bounds[batch.bounds[index] : batch.bounds[index + 1] + 1]
+    pieces = [shard.tokens[start:end][: batch.max_seq_len] for start, end in itertools.pairwise(bounds)]
     return np.concatenate(pieces)[: batch.length + 1]
 
 
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
-    groups = [list(group) for _, group in itertools.groupby(plan, key=lambda batch: batch.path)]
-    shards = prefetch(read_shard(group[0].path, config) for group in groups)
-    for group, shard in zip(groups, shards):
-        if group[-1].bounds[-1] > len(shard.starts):
-            raise UserError(f"{shard.path}: changed while the run was reading it")
-        for batch in group:
+    groups = [(path, list(batches)) for path, batches in itertools.groupby(plan, key=lambda batch: batch.path)]
+    shards = prefetch(read_shard(path, config) for path, _ in groups)
+    for (path, batches), shard in zip(groups, shards):
+        if batches[-1].bounds[-1] >= len(shard.bounds):
+            raise UserError(f"{path}: changed while the run was reading it")
+        for batch in batches:
             yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
 
 
@@ -1676,20 +1629,18 @@ def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
 
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the stream; tokens by shard."""
-    parts, sizes, missing = [], {}, settings.val_tokens + 1  # the last target is the stream's next token
+    parts, sizes, need = [], {}, settings.val_tokens + 1  # the last target is the stream's next token
     for path in find_shards(settings.val_files, settings.preset):
-        shard = read_shard(path, settings.model)
-        sizes[path] = len(shard.tokens)
-        parts.append(shard.tokens[:missing])
-        missing -= len(parts[-1])
-        if not missing:
+        parts.append(read_shard(path, settings.model).tokens)
+        sizes[path] = len(parts[-1])
+        if sum(sizes.values()) >= need:
             break
     else:
         raise UserError(
             f"{settings.val_files}: too few validation tokens: {sum(sizes.values()):,}, but --val-tokens "
             f"{settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
         )
-    stream = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    stream = torch.from_numpy(np.concatenate(parts)[:need].astype(np.int32))
     return stream.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
 
 
@@ -2148,7 +2099,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
     tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
+    counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
     generator = torch.Generator().manual_seed(world.rank)
 
     def dummy(*shape: int) -> Tensor:
@@ -2349,14 +2300,13 @@ def print_plan(settings: Settings, world: World) -> None:
         model = GPT(config, dtype)
     print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
 
-    print("parameter            shape              count  start                      optimizer  lr x  wd x  betas")
+    print("parameter            shape              count  start                       optimizer  lr x  wd x  betas")
     for name, p in model.named_parameters():
         row = PARAMETERS[name]
         start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
-        start = start.replace("uniform", f"uniform +-{matrix_bound(config):.5f}")
         muon = settings.muon and name in BANKS
         how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
-        print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:27}{how}")
+        print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:28}{how}")
     parts = active_matrices(config)
     print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
     print(f"lr x Adam's {settings.adam_lr} or NorMuon's {settings.muon_lr}, ", end="")

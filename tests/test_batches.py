@@ -330,7 +330,8 @@ def test_what_the_data_tools_write_the_run_reads(tmp_path):
     assert [len(shard.tokens) for shard in found] == [7001] * (len(stream) // 7001) + [len(stream) % 7001]
     assert np.array_equal(np.concatenate([shard.tokens for shard in found]), stream)
     for shard in found:
-        assert shard.starts.tolist() == [i for i, token in enumerate(shard.tokens) if token == 50256]
+        starts = [i for i, token in enumerate(shard.tokens) if token == 50256]
+        assert shard.bounds.tolist() == [*starts, len(shard.tokens)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -126,10 +126,12 @@ def test_token_that_reaches_another_document_is_caught(caught):
 
 
 def test_validation_on_another_stream_or_with_another_count_is_caught(caught):
-    skip = """longest = np.diff(shard.starts).argmax()
-        parts.append(np.delete(shard.tokens, slice(*shard.starts[longest : longest + 2]))[:missing])"""
+    read = "parts.append(read_shard(path, settings.model).tokens)"
+    skip = """tokens, bounds = read_shard(path, settings.model)
+        longest = np.diff(bounds).argmax()
+        parts.append(np.delete(tokens, slice(*bounds[longest : longest + 2])))"""
     cheats = {
-        "a loader that skips a document": [("parts.append(shard.tokens[:missing])", skip)],
+        "a loader that skips a document": [(read, skip)],
         "a loader that counts fewer tokens": [("in sequences[world.rank", "in sequences[1:][world.rank")],
         "a sum that is divided by more": [("(sequences.size(1) - 1)", "sequences.size(1)")],
         "a shorter stream": [("setting(10_485_760", "setting(1_048_576")],
@@ -154,7 +156,7 @@ def test_warm_up_that_leaves_a_trace_is_caught(caught):
     traces = {
         "model.lm_head.data[0, 0] *= 1.0001": r"GPT\.lm_head",
         "optimizer.state['qk_bank']['exp_avg'][0] = 1": r"Optimizer\.state\.qk_bank\.exp_avg",
-        "optimizer.updates['lm_head'] += 1": r"Optimizer\.updates\.lm_head",
+        "optimizer.updates += 1": r"Optimizer\.updates",
         "model.embed.grad = torch.zeros_like(model.embed)": r"GPT\.embed\.grad",
         "torch.rand(1)": r"torch\.get_rng_state\(\)",
     }

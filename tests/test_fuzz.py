@@ -48,7 +48,8 @@ def test_random_shards(tmp_path):
         good += 1
         assert struct.unpack("<3i", content[:12]) == (20240520, 1, len(shard.tokens))
         assert content[1024:] == shard.tokens.tobytes() and shard.tokens.max() <= 256
-        assert shard.starts.tolist() == [i for i, token in enumerate(shard.tokens) if token == 256]
+        starts = [i for i, token in enumerate(shard.tokens) if token == 256]
+        assert shard.bounds.tolist() == [*starts, len(shard.tokens)]
     assert 300 < good < 2700
 
 

@@ -385,6 +385,16 @@ def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_flo
             assert error.max() <= 1e-5, name
 
 
+def test_a_model_whose_only_value_embedding_is_the_mudd_layers_has_no_parameter_without_a_gradient():
+    layers = Layer(), Layer(attention="none", skip=0), Layer(value_embed=0, mudd=True)
+    config = replace(MODEL, layers=layers)
+    model = GPT(config)
+    tokens = torch.randint(100, (33,), generator=torch.Generator().manual_seed(0))
+    model(tokens[:-1], tokens[1:], program.make_context(config, 32, (8, 16), model.embed)).backward()
+    assert all(p.grad is not None and p.numel() for p in model.parameters())
+    Optimizer(model, replace(PRESETS["tiny"], model=config)).step(schedule(PRESETS["tiny"], 1))
+
+
 def test_adams_weight_decay_spares_weights_that_the_update_grows():
     p = torch.tensor([2.0, -2.0, 2.0, 0.0])
     grad = torch.tensor([1.0, 1.0, -1.0, 1.0])

@@ -1342,6 +1342,11 @@ def normuon_update(p, low, grad, buffer, mean_sq, factors, lr, wd, momentum, bet
         low.copy_(bottom)
 
 
+def resize(saved: Tensor, rows: int) -> Tensor:
+    """A bank's first axis cut, or padded with zeros, for another number of processes."""
+    return F.pad(saved, (0, 0) * (saved.dim() - 1) + (0, rows - len(saved)))
+
+
 class Optimizer:
     """Both optimizers, their state, and the exchange between ranks, for all parameters of a `GPT`."""
 
@@ -1660,39 +1665,27 @@ def prefetch(items):
 # ======================================================================================================================
 
 
+def complain(error: UserError) -> int:
+    """The one line on stderr that says why a run ends, from rank 0; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+    return error.status
+
+
 def stopped(signum: int) -> UserError:
     """What a run ends with that was asked to stop by a signal."""
     return UserError(f"stopped by {signal.Signals(signum).name}", status=128 + signum)
 
 
-def complain(text: str) -> None:
-    """The one line on stderr that says why a run ends, from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_gpt.py: {text}", file=sys.stderr, flush=True)
+def stop_at_once(signum: int, frame) -> None:
+    """Ends the process. An exception would not do: raised inside a compiler or a destructor, it may be swallowed."""
+    os._exit(complain(stopped(signum)))
 
 
-def let_rank_0_speak() -> None:
-    """torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
-
-
-class StopSignal:
-    """SIGINT and SIGTERM. While `deferred`, the first is remembered for the loop to see; else the process ends at once.
-
-    An exception would not do: raised inside a compiler or a destructor, it may be swallowed.
-    """
-
-    def __init__(self):
-        self.deferred, self.signum = False, 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.handle)
-
-    def handle(self, signum: int, frame) -> None:
-        if not self.deferred or self.signum:  # a second one does not wait for the step to end
-            complain(str(stopped(signum)))
-            os._exit(128 + signum)
-        self.signum = signum
+def on_signal(handler: Callable) -> None:
+    """What SIGINT and SIGTERM do from here on."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
 
 
 class World(NamedTuple):
@@ -1739,66 +1732,58 @@ def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
     return settings.fp8 and able and not any(size % 16 for size in sizes)
 
 
-def divides(settings: Settings, slices: int, world_size: int) -> bool:
-    """Whether every batch can be cut into this many slices, and the slices shared out over the processes."""
-    return slices % world_size == 0 and all(stage.batch_tokens % slices == 0 for stage in settings.all_stages)
+def possible_slices(settings: Settings, world_size: int) -> list[int]:
+    """The numbers of slices that every batch can be cut into, and that can be shared out over the processes."""
+    common = math.gcd(*(stage.batch_tokens for stage in settings.all_stages))
+    return [n for n in range(world_size, common + 1, world_size) if common % n == 0]
 
 
 def out_of_memory(settings: Settings, world_size: int) -> str:
-    """What to try when memory did not suffice: the next larger number of slices that divides."""
-    largest = max(stage.batch_tokens for stage in settings.all_stages)
-    fits = [n for n in range(2 * settings.slices, largest + 1) if divides(settings, n, world_size)]
-    return f"out of memory with {settings.slices} slices; try {f'--slices {fits[0]}' if fits else 'a smaller model'}"
+    """What to try when memory did not suffice: the next possible number of slices, at least twice as many."""
+    more = [n for n in possible_slices(settings, world_size) if n >= 2 * settings.slices]
+    return f"out of memory with {settings.slices} slices; try {f'--slices {more[0]}' if more else 'a smaller model'}"
 
 
 def check_divisions(settings: Settings, world_size: int) -> None:
     """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
-    config, length = settings.model, settings.val_seq_len
-    if not divides(settings, settings.slices, world_size):
-        batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-        what, near = "--slices", settings.slices
-        fits = [n for n in range(1, batches[0] + 1) if divides(settings, n, world_size)]
-        if not fits:
-            what, near = "a number of processes of", world_size
-            fits = [n for n in range(1, 2 * world_size) if divides(settings, settings.slices, n)]
-        nearest = sorted(sorted(fits, key=lambda n: abs(n - near))[:2])
+    config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
+    dim, heads, vocab = config.dim, config.heads, config.padded_vocab
+    fits = possible_slices(settings, world_size)
+    if slices not in fits:
+        batches = ", ".join(f"{batch:,}" for batch in sorted({stage.batch_tokens for stage in settings.all_stages}))
+        what, near = ("--slices", slices) if fits else ("a number of processes of", world_size)
+        processes = {n: possible_slices(settings, n) for n in range(1, 2 * world_size)}
+        fits = fits or [n for n in processes if slices in processes[n]] or [n for n in processes if processes[n]]
+        nearest = " or ".join(map(str, sorted(fits, key=lambda n: abs(n - near))[:2]))
         raise UserError(
-            f"batches of {', '.join(f'{batch:,}' for batch in batches)} tokens, {settings.slices} slices and "
-            f"{world_size} processes do not divide; nearest that work: {what} {' or '.join(map(str, nearest))}"
+            f"batches of {batches} tokens, {slices} slices and {world_size} processes do not divide; "
+            f"nearest that work: {what} {nearest}"
         )
+    pairs = config.paired_heads or config.head_pairs or config.mudd
     sharing = f"is not divisible by {world_size} processes, which share the optimizer"
-    rules = (
-        (config.dim % world_size, f"--dim {config.dim} {sharing}"),
-        (config.padded_vocab % world_size, f"the padded vocabulary {config.padded_vocab} {sharing}"),
-        (
-            config.dim % config.heads or config.head_dim % 4 or config.dim < 12,  # the gates read twelve channels
-            f"--dim {config.dim} must be at least 12, and --heads {config.heads} times a multiple of 4",
-        ),
-        (
-            config.heads % 2 and (config.paired_heads or config.head_pairs or config.mudd),
-            f"--heads {config.heads} must be even for --paired-heads, --head-pairs and --mudd",
-        ),
-        (config.bigram_dim > config.dim, f"--bigram-dim {config.bigram_dim} is larger than --dim {config.dim}"),
-        (
-            settings.val_tokens % length,
-            f"--val-tokens {settings.val_tokens} is no multiple of --val-seq-len {length}; "
-            f"nearest that works: --val-tokens {max(settings.val_tokens // length, 1) * length}",
-        ),
-    )
-    for broken, text in rules:
+    near = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
+    rules = {
+        f"--dim {dim} {sharing}": dim % world_size,
+        f"the padded vocabulary {vocab} {sharing}": vocab % world_size,
+        # The gates read twelve channels.
+        f"--dim {dim} must be at least 12, and --heads {heads} times a multiple of 4": dim < 12 or dim % (4 * heads),
+        f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd": pairs and heads % 2,
+        f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}": config.bigram_dim > dim,
+        f"--val-tokens {tokens} is no multiple of --val-seq-len {length}; {near}": tokens % length,
+    }
+    for text, broken in rules.items():
         if broken:
             raise UserError(text)
 
 
 class Clock:
-    """Training time in milliseconds: runs between `start` and `stop`, both of which wait for the device."""
+    """Training time in milliseconds, between `start` and `stop`: on a GPU, from and to points in its work."""
 
-    def __init__(self, device: torch.device, total: float = 0.0):
-        self.cuda = device.type == "cuda"
-        self.total = total
+    def __init__(self, device: torch.device):
+        self.cuda, self.total = device.type == "cuda", 0.0
 
     def mark(self):
-        """A point in the device's work, to be read by `at` once it has been passed."""
+        """A point in the device's work, to be read by `at`."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -1806,32 +1791,53 @@ class Clock:
         return event
 
     def at(self, mark) -> float:
-        return self.total + (self.begin.elapsed_time(mark) if self.cuda else 1000 * (mark - self.begin))
+        """The time at a mark; waits until the device has come to it."""
+        if not self.cuda:
+            return self.total + 1000 * (mark - self.begin)
+        mark.synchronize()
+        return self.total + self.begin.elapsed_time(mark)
 
     def start(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
         self.begin = self.mark()
 
     def stop(self) -> None:
-        mark = self.mark()
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.total = self.at(mark)
+        self.total = self.at(self.mark())
 
 
-def git_state() -> str:
-    """The commit of this file's repository and whether it was dirty, or `none`."""
+def flops_per_token(config: ModelConfig, stage: Stage) -> int:
+    """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
+    windows = [stage.windows[config.rows[i].window == "long"] for i in config.attention_layers]
+    return 6 * sum(active_matrices(config).values()) + 12 * config.dim * sum(windows)
 
-    def git(*command: str) -> str:
-        command = ("git", "--no-optional-locks", *command)
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return run.stdout.strip()
 
+def active_matrices(config: ModelConfig) -> dict[str, int]:
+    """The parameters that every token is multiplied with, by part of the model."""
+    head, mlp = config.dim * config.padded_vocab, 8 * config.dim**2 * len(config.layers)
+    return {"head": head, "MLP": mlp, "attention": 4 * config.dim**2 * len(config.attention_layers)}
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The arithmetic that the device really does, in FLOP/s: the best of a few large matrix products."""
+    size = 8192 if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        clock = Clock(device)
+        clock.start()
+        a @ b
+        clock.stop()
+        best = min(best, clock.total)
+    return 2 * size**3 / best * 1000
+
+
+def output_of(*command: str) -> str:
+    """What a program prints, started where this file lies; `none` if there is no such program, or it fails."""
     try:
-        return f"{git('rev-parse', 'HEAD')} {'dirty' if git('status', '--porcelain') else 'clean'}"
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "none"
+    return run.stdout.strip()
 
 
 def hardware_name(world: World) -> str:
@@ -1844,17 +1850,8 @@ def hardware_name(world: World) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def to_json(settings: Settings) -> str:
-    return json.dumps(dataclasses.asdict(settings))
-
-
-def from_json(text: str) -> Settings:
-    """The inverse of `to_json`."""
-
-    def tuples(value):
-        return tuple(tuples(each) for each in value) if isinstance(value, list) else value
-
-    saved = json.loads(text, object_hook=lambda each: {key: tuples(value) for key, value in each.items()})
+def from_dict(saved: dict) -> Settings:
+    """The inverse of `dataclasses.asdict`."""
     model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
     stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
     return Settings(**{**saved, "model": model, **stages})
@@ -1873,8 +1870,10 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
         f"hardware: {hardware_name(world)}",
     ]
     if world.device.type == "cuda":
-        lines.append(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout.rstrip())
-    lines += [f"world size: {world.size}", f"git: {git_state()}", f"settings: {to_json(settings)}"]
+        lines.append(output_of("nvidia-smi"))
+    git = "git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split()
+    lines += [f"world size: {world.size}", f"git: {output_of(*git).replace('-', ' ')}"]
+    lines += [f"settings: {json.dumps(dataclasses.asdict(settings))}"]
     lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
     return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, rule, "")).encode()
 
@@ -1896,10 +1895,8 @@ class Log:
         try:
             self.path.parent.mkdir(exist_ok=True)
             self.file = open(self.path, "xb", buffering=0)
-        except FileExistsError:
-            raise UserError(f"{self.path} exists already; choose another --run-id, or move it") from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; choose another --run-id") from None
         try:
             self.write(header)
         except UserError:
@@ -1932,7 +1929,10 @@ class Log:
             self.say(text)
 
     def loss(self, step: int, kind: str, loss: float, milliseconds: float, status: str = "") -> None:
-        """A step's train_loss or val_loss, and the training time up to there."""
+        """A step's train_loss or val_loss, and the training time up to there; UserError if it is not finite."""
+        if not math.isfinite(loss):
+            self.line(f"loss is not finite: step {step}")
+            raise UserError(f"the loss of step {step} is {loss}; the run was stopped", status=3)
         if not self.file:
             return
         average = milliseconds / max(step, 1)
@@ -1974,8 +1974,8 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
     if not log.file:
         return
     state = {
-        "settings": to_json(settings),
-        "dtype": str(model.embed.dtype),
+        "settings": dataclasses.asdict(settings),
+        "dtype": model.embed.dtype,
         "step": step,
         "train_time_ms": milliseconds,
         "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
@@ -2003,30 +2003,21 @@ def load_checkpoint(path: str) -> dict:
             if archive.testzip() is not None:  # PyTorch does not look at the checksums
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "settings": from_json(state["settings"])}
+        return {**state, "settings": from_dict(state["settings"])}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:
         raise UserError(f"{path}: damaged, or no checkpoint of this train_gpt.py; use another") from None
 
 
-def resize(saved: Tensor, rows: int) -> Tensor:
-    """A bank's first axis cut, or padded with zeros, for another number of processes."""
-    whole = saved.new_zeros(rows, *saved.shape[1:])
-    whole[: len(saved)] = saved[:rows]
-    return whole
-
-
 def find_checkpoint(settings: Settings, dtype: torch.dtype) -> dict:
     """The checkpoint that a run is to go on from; UserError if it is another model's."""
     state = load_checkpoint(settings.resume)
-    for field_ in dataclasses.fields(ModelConfig):
-        theirs, ours = (getattr(each.model, field_.name) for each in (state["settings"], settings))
-        if theirs != ours:
-            raise UserError(f"{settings.resume}: another model: its {field_.name} is {theirs}, this run's is {ours}")
-    if state["dtype"] != str(dtype) or state["settings"].muon != settings.muon:
-        theirs = f"{state['dtype']} and --muon {str(state['settings'].muon).lower()}"
-        raise UserError(f"{settings.resume}: it has {theirs}, unlike this run; use --dtype and --muon")
+    saved = state["settings"]
+    theirs = {**vars(saved.model), "muon": saved.muon, "dtype": state["dtype"]}
+    for name, ours in {**vars(settings.model), "muon": settings.muon, "dtype": dtype}.items():
+        if theirs[name] != ours:
+            raise UserError(f"{settings.resume}: another model: its {name} is {theirs[name]}, this run's is {ours}")
     if state["step"] > settings.total_steps:
         raise UserError(f"{settings.resume}: step {state['step']} is past the end of {settings.total_steps} steps")
     return state
@@ -2042,33 +2033,15 @@ def restore(state: dict, model: GPT, optimizer) -> tuple[int, float]:
     return state["step"], state["train_time_ms"]
 
 
-class Losses:
-    """Each step's training loss, averaged over the batch and the same on all ranks, without waiting for the device.
+def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
+    """The sum of the ranks' parts of a batch's loss, and of their wishes to stop, on the way to the CPU: nobody waits.
 
-    With the loss travels a flag, whether any rank was asked to stop, so that all stop after the same step. On the CPU
-    both are known at once; on CUDA they are looked at eight steps later, when they have long arrived.
+    The wish travels with the loss so that all ranks stop after the same step.
     """
-
-    def __init__(self, steps: int, world: World, clock: Clock):
-        self.world, self.clock, self.cuda = world, clock, world.device.type == "cuda"
-        self.host = torch.zeros(steps, 2, pin_memory=self.cuda)
-        self.pending: collections.deque = collections.deque()  # step, loss and flag on the host, and when
-
-    def record(self, step: int, loss: Tensor, stop: bool) -> None:
-        """Takes the loss of a step, counted from 1."""
-        pair = torch.stack((loss, torch.full_like(loss, stop)))
-        if self.world.size > 1:
-            dist.all_reduce(pair)
-        host = self.host[step - 1].copy_(pair, non_blocking=True)
-        self.pending.append((step, host, self.clock.mark()))
-
-    def known(self, all_of_them: bool = False):
-        """Yields (step, loss, milliseconds up to its end, whether to stop); `all_of_them` waits for the last steps."""
-        while len(self.pending) > (8 if self.cuda and not all_of_them else 0):
-            step, host, mark = self.pending.popleft()
-            if self.cuda:
-                mark.synchronize()
-            yield step, host[0].item(), self.clock.at(mark), bool(host[1])
+    pair = torch.stack((part, torch.full_like(part, stop)))
+    if world.size > 1:
+        dist.all_reduce(pair)
+    return pair.to("cpu", non_blocking=True)
 
 
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
@@ -2096,15 +2069,14 @@ def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tens
 
 
 def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
-    """Runs every graph that training will need, on random tokens, then puts model and optimizer back as they were."""
+    """Runs every graph that training will need, on tokens made up, then puts model and optimizer back as they were."""
     tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
-    generator = torch.Generator().manual_seed(world.rank)
 
-    def dummy(*shape: int) -> Tensor:
-        tokens = torch.randint(settings.model.vocab_size, shape, generator=generator, dtype=torch.int32)
-        return tokens.to(world.device)
+    def dummy(rows: int, length: int) -> Tensor:
+        tokens = torch.arange(length + 1, dtype=torch.int32, device=world.device)
+        return (tokens % settings.model.vocab_size).expand(rows, -1)
 
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
     quiet = world.rank > 0 or not sys.stdout.isatty()
@@ -2112,14 +2084,14 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
-            tokens = dummy(1, length + 1)
+            tokens = dummy(1, length)
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
             optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
     for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
-        validate(model, dummy(world.size, settings.val_seq_len + 1), context, world)
+        validate(model, dummy(world.size, settings.val_seq_len), context, world)
 
     with torch.no_grad():
         for tensor, value in zip(tensors, before):
@@ -2149,10 +2121,9 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
-def train(settings: Settings, world: World, stop: StopSignal) -> None:
+def train(settings: Settings, world: World) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
     device, dtype = world.device, choose_dtype(settings, world.device)
-    check_divisions(settings, world.size)
     checkpoint = find_checkpoint(settings, dtype) if settings.resume else None
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
@@ -2167,54 +2138,54 @@ def train(settings: Settings, world: World, stop: StopSignal) -> None:
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
-        peak = measure_peak(device, dtype) * world.size
         gc.collect()
         gc.freeze()  # a collection over all that exists by now would stall a step
-        stop.deferred = True
-        start = 0, 0.0
+        first, clock = 0, Clock(device)
         if checkpoint:
-            start = restore(checkpoint, model, optimizer)
-            log.line(f"resumed from {settings.resume} after step {start[0]}")
-        loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start)
+            first, clock.total = restore(checkpoint, model, optimizer)
+            log.line(f"resumed from {settings.resume} after step {first}")
+        loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock)
         log.line(peak_memory(device))
     finally:
         gc.unfreeze()
         log.close()
 
 
-def loop(settings, world, stop, log, model, objective, optimizer, plan, sequences, peak, start) -> None:
-    """Steps and validations, from a step and its training time on. Nothing in a step waits for the device."""
-    total, own, first = settings.total_steps, settings.slices // world.size, start[0]
-    clock = Clock(world.device, start[1])
-    losses = Losses(total, world, clock)
+def loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock) -> None:
+    """Steps and validations, from step `first` on. Nothing in a step waits for the device."""
+    config, total, own = settings.model, settings.total_steps, settings.slices // world.size
     tokens_at = list(itertools.accumulate(batch.length * settings.slices for batch in plan))
-    stopping = False
+    peak = measure_peak(world.device, model.embed.dtype) * world.size
+    delay = 8 if clock.cuda else 0  # steps after which a loss is looked at: it has long arrived
+    pending = collections.deque()  # step, loss and wishes to stop on their way, and when the step has ended
+    stopping, signals = False, []
 
-    def check_finite(step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            log.line(f"loss is not finite: step {step}")
-            raise UserError(f"the loss of step {step} is {loss}; the run was stopped", status=3)
+    def remember(signum: int, frame) -> None:
+        signals.append(signum)
+        on_signal(stop_at_once)  # a second one does not wait for the step to end
 
-    def report(known) -> bool:
-        """Logs the losses that are known by now; raises at the first that is not finite; True if a rank was to stop."""
+    def report(late: int) -> bool:
+        """Logs the losses of all steps but the last; true if a rank wished to stop."""
         stopping = False
-        for step, loss, milliseconds, stops in known:
-            check_finite(step, loss)
+        while len(pending) > late:
+            step, pair, mark = pending.popleft()
+            milliseconds = clock.at(mark)  # waits until the pair is there
             speed = tokens_at[step - 1] / milliseconds * 1000
-            share = speed * flops_per_token(settings.model, settings.stage_at(step - 1)[0]) / peak
+            share = speed * flops_per_token(config, settings.stage_at(step - 1)[0]) / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
-            log.loss(step, "train_loss", loss, milliseconds, status)
-            stopping |= stops
+            log.loss(step, "train_loss", pair[0].item(), milliseconds, status)
+            stopping |= bool(pair[1])
         return stopping
 
     def prepared():
-        for tokens in training_batches(plan[first:], settings.model, range(world.rank * own, (world.rank + 1) * own)):
-            rows = touched_rows(tokens, settings.model) if optimizer.sparse else None
-            yield tokens.pin_memory() if losses.cuda else tokens, rows
+        for tokens in training_batches(plan[first:], config, range(world.rank * own, (world.rank + 1) * own)):
+            rows = [touched_rows(tokens, config)] if optimizer.sparse else []
+            yield tokens.pin_memory() if clock.cuda else tokens, rows
 
     batches = prefetch(prepared())
     mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=world.device)
     context = stage = None
+    on_signal(remember)
     clock.start()
     for step in range(first, total + 1):
         hyper = schedule(settings, step)
@@ -2222,35 +2193,30 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
         saves = step > first and settings.checkpoint_every and (stopping or step % settings.checkpoint_every == 0)
         saves = saves or settings.checkpoint_last and (stopping or step == total)
         if validates or saves or stopping:
-            report(losses.known(all_of_them=True))
+            report(late=0)
             clock.stop()
             if validates and not stopping:
                 windows = final_windows(settings) if step == total else hyper.stage.windows
-                rotary = rotary_state(settings, step)
-                wide = make_context(settings.model, settings.val_seq_len, windows, model.embed, rotary)
-                loss = validate(model, sequences, wide, world)
-                log.loss(step, "val_loss", loss, clock.total)
-                check_finite(step, loss)
+                wide = make_context(config, settings.val_seq_len, windows, model.embed, rotary_state(settings, step))
+                log.loss(step, "val_loss", validate(model, sequences, wide, world), clock.total)
             if saves:
                 save_checkpoint(log, settings, step, clock.total, model, optimizer)
             if stopping:
                 log.line(f"stopped by a signal after step {step}")
-                raise stopped(stop.signum or signal.SIGTERM)
+                raise stopped(signals[0] if signals else signal.SIGTERM)
             clock.start()
         if step == total:
             break
         if hyper.stage != stage:
-            stage = hyper.stage
-            rotary = rotary_state(settings, step)
-            context = make_context(settings.model, plan[step].length, stage.windows, model.embed, rotary)
+            stage, rotary = hyper.stage, rotary_state(settings, step)
+            context = make_context(config, plan[step].length, stage.windows, model.embed, rotary)
         tokens, rows = next(batches)
+        optimizer.touched += rows
         tokens = tokens.to(world.device, non_blocking=True)
-        if optimizer.sparse:
-            optimizer.touched.append(rows)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
-        losses.record(step + 1, loss, bool(stop.signum))
-        stopping = report(losses.known())
+        pending.append((step + 1, batch_loss(loss, bool(signals), world), clock.mark()))
+        stopping = report(delay)
     batches.close()
 
 
@@ -2261,41 +2227,9 @@ def loop(settings, world, stop, log, model, objective, optimizer, plan, sequence
 # ======================================================================================================================
 
 
-def flops_per_token(config: ModelConfig, stage: Stage) -> int:
-    """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
-    windows = [stage.windows[config.rows[i].window == "long"] for i in config.attention_layers]
-    return 6 * sum(count for _, count in active_matrices(config)) + 12 * config.dim * sum(windows)
-
-
-def active_matrices(config: ModelConfig) -> list[tuple[str, int]]:
-    """The parameters that every token is multiplied with, by part of the model."""
-    square = config.dim**2
-    return [
-        ("head", config.dim * config.padded_vocab),
-        ("MLP", 8 * square * len(config.layers)),
-        ("attention", 4 * square * len(config.attention_layers)),
-    ]
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The arithmetic that the device really does, in FLOP/s: the best of a few large matrix products."""
-    size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
-    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        clock = Clock(device)
-        clock.start()
-        a @ b
-        clock.stop()
-        best = min(best, clock.total)
-    return 2 * size**3 / best * 1000
-
-
 def print_plan(settings: Settings, world: World) -> None:
     """What --dry-run prints: the run's parameters, tokens, arithmetic, memory, schedule and times."""
-    config, dtype = settings.model, choose_dtype(settings, world.device)
-    check_divisions(settings, world.size)
+    config, stages, dtype = settings.model, settings.all_stages, choose_dtype(settings, world.device)
     with torch.device("meta"):
         model = GPT(config, dtype)
     print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
@@ -2307,29 +2241,22 @@ def print_plan(settings: Settings, world: World) -> None:
         muon = settings.muon and name in BANKS
         how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
         print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:28}{how}")
-    parts = active_matrices(config)
     print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
-    print(f"lr x Adam's {settings.adam_lr} or NorMuon's {settings.muon_lr}, ", end="")
-    print(f"wd x {settings.adam_wd} or {settings.muon_wd}; NorMuon's beta2 {settings.muon_beta2}")
-    active = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts)
-    print(f"active matrix parameters: {sum(count for _, count in parts) / 1e6:.1f}M ({active})\n")
+    parts = active_matrices(config)
+    active = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items())
+    print(f"active matrix parameters: {sum(parts.values()) / 1e6:.1f}M ({active})\n")
 
-    print("stage      steps     batch  slices      max_seq_len    windows  lr x  next targets")
-    total_flops = tokens = 0
-    for n, stage in enumerate(settings.all_stages, 1):
-        last = n == len(settings.all_stages)
+    print("stage      steps     batch  slices      max_seq_len    windows")
+    for name, stage in zip([*range(1, len(stages)), "extension"], stages):
         cut, windows = f"{settings.slices} x {stage.batch_tokens // settings.slices:,}", "{}, {}".format(*stage.windows)
-        name, lr = ("extension", settings.final_lr) if last else (n, stage.lr)
-        mtp = " -> ".join(", ".join(f"{weight:g}" for weight in weights) for weights in stage.mtp)
-        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}  {cut:10}{stage.max_seq_len:>13,}", end="")
-        print(f"{windows:>11}{lr:>6}  {mtp}")
-        tokens += stage.steps * stage.batch_tokens
-        total_flops += stage.steps * stage.batch_tokens * flops_per_token(config, stage)
-    print(f"training tokens: {tokens / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
-    print(f"arithmetic: {total_flops / tokens / 1e9:.2f} GFLOP a token, {total_flops / 1e15:.3g} PFLOP in all")
+        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}  {cut:10}{stage.max_seq_len:>13,}{windows:>11}")
+    tokens = [stage.steps * stage.batch_tokens for stage in stages]
+    flops = sum(count * flops_per_token(config, stage) for count, stage in zip(tokens, stages))
+    print(f"training tokens: {sum(tokens) / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
+    print(f"arithmetic: {flops / sum(tokens) / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
     print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
     peak = measure_peak(world.device, dtype) * world.size
-    floor = total_flops / peak
+    floor = flops / peak
     print(f"time: {floor:,.0f} s at the floor ({peak / 1e12:.3g} TFLOP/s measured), {floor / 0.45:,.0f} s at 45 %")
 
 
@@ -2375,59 +2302,54 @@ def convert(f: dataclasses.Field, kind: type, text: str):
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings that the command line asks for, and whether it is a --dry-run."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="record")
-    preset = first.parse_known_args(arguments)[0].preset
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: no such preset; there are {' and '.join(PRESETS)}")
-    settings = PRESETS[preset]
+    first.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
+    first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
+    preset = PRESETS[first.parse_known_args(arguments)[0].preset]
 
     usage = "train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE …]"
-    parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    names: dict[type, list[str]] = {}
-    for owner, holder, title in ((Settings, settings, "run"), (ModelConfig, settings.model, "model")):
-        group = parser.add_argument_group(f"{title} (defaults of {preset})")
-        fields = [f for f in dataclasses.fields(owner) if "help" in f.metadata]
-        names[owner] = [f.name for f in fields]
-        for f in fields:
-            kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
-            shown = f" (default: {default})" if default not in (None, "") else ""
-            flag = {"nargs": "?", "const": True} if kind is bool else {}
-            text = f.metadata["help"].replace("%", "%%") + shown
-            how = {"metavar": kind.__name__.upper(), "default": argparse.SUPPRESS, "help": text, **flag}
-            group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
+    parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first])
+    for holder, title in ((preset, "run"), (preset.model, "model")):
+        group = parser.add_argument_group(f"{title} (defaults of {preset.preset})")
+        for f in dataclasses.fields(holder):
+            if "help" in f.metadata:
+                kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
+                shown = f" (default: {default})" if default not in (None, "") else ""
+                flag = {"nargs": "?", "const": True} if kind is bool else {}
+                how = {"metavar": kind.__name__.upper(), "default": default, **flag}
+                how["help"] = (f.metadata["help"] + shown).replace("%", "%%")
+                group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = ["--preset", "--dry-run", *(option(name) for each in names.values() for name in each)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], map(option, vars(parsed)), n=1, cutoff=0.0)
         raise UserError(f"unknown option {unknown[0]}; the closest that exists is {near[0]} (--help lists all)")
-    given = {owner: {k: v for k, v in vars(parsed).items() if k in names[owner]} for owner in names}
-    settings = replace(settings, model=replace(settings.model, **given[ModelConfig]), **given[Settings])
+
+    def changed(holder):
+        return replace(holder, **{name: value for name, value in vars(parsed).items() if name in vars(holder)})
+
+    settings = replace(changed(preset), model=changed(preset.model))
     return (with_steps(settings, settings.steps) if settings.steps is not None else settings), parsed.dry_run
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line. Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal."""
-    stop = StopSignal()
+    on_signal(stop_at_once)
     try:
         settings, dry_run = parse_arguments(arguments)
         world = find_world()
+        check_divisions(settings, world.size)
         if not dry_run:
-            train(settings, world, stop)
+            train(settings, world)
         elif world.rank == 0:
             print_plan(settings, world)
         return 0
-    except UserError as error:
-        complain(str(error))
-        let_rank_0_speak()
-        return error.status
-    except (MemoryError, RuntimeError) as error:  # CUDA's want of memory is one, and so is a rank that has gone
-        let_rank_0_speak()
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+    except (UserError, MemoryError, RuntimeError) as error:  # such as CUDA's want of memory, and a rank that has gone
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+            error = UserError(out_of_memory(settings, world.size))
+        if not isinstance(error, UserError):
             raise
-        complain(out_of_memory(settings, world.size))
-        return 2
+        return complain(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

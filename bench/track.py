@@ -9,6 +9,7 @@ All three are resumable: a run whose log is complete is not run again. Logs go t
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -210,8 +211,8 @@ def tokens_of(path: Path) -> int:
     if '"stages"' not in settings:
         steps, batch = (int(re.search(rf'"{name}": (\d+)', settings)[1]) for name in ("steps", "batch_tokens"))
         return steps * batch
-    saved = train_gpt.from_json(settings)
-    return sum(stage.steps * stage.batch_tokens for stage in saved.all_stages)
+    saved = json.loads(settings)
+    return sum(stage["steps"] * stage["batch_tokens"] for stage in (*saved["stages"], saved["extension"]))
 
 
 def table(records: list[Record], target: float, seeds: int) -> str:

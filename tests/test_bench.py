@@ -1,9 +1,11 @@
 """The programs of bench: the ablation's table and resumption, the compiled kernels, step time, the plan of slices."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,7 +144,7 @@ def test_a_mistake_in_the_options_of_graphs_is_one_line():
     pytest.importorskip("triton")
     result = command("graphs.py", "--preset", "tinny")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "graphs.py: --preset tinny: no such preset; there are record and tiny"
+    assert re.match("graphs.py: argument --preset: .*tinny.*record.*tiny", result.stderr.splitlines()[-1])
 
 
 def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(data):  # noqa: F811
@@ -350,5 +352,5 @@ def test_every_record_of_the_track_has_options_that_exist():
 
 def test_tokens_of_a_run_come_from_its_log(tmp_path):
     settings, _ = train_gpt.parse_arguments(["--preset", "tiny", "--steps", "37"])
-    (tmp_path / "x.txt").write_text(f"source\nsettings: {train_gpt.to_json(settings)}\n")
+    (tmp_path / "x.txt").write_text(f"source\nsettings: {json.dumps(asdict(settings))}\n")
     assert track.tokens_of(tmp_path / "x.txt") == 37 * 8192

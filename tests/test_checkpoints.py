@@ -192,7 +192,7 @@ def test_damaged_checkpoint_is_refused_before_the_run_starts(whole, small, folde
     [
         (["--dim", "48"], ["another model", "dim is 32", "48"]),
         (["--smear", "false"], ["another model", "smear is True", "False"]),
-        (["--muon", "false"], ["--muon true"]),
+        (["--muon", "false"], ["muon is True", "False"]),
         (["--steps", "4"], ["step 5", "4 steps"]),
     ],
 )

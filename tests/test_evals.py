@@ -33,8 +33,8 @@ def path(tmp_path_factory):
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
     path = tmp_path_factory.mktemp("evals") / "model.pt"
-    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": "torch.float32"}
-    torch.save({**state, "settings": json.dumps(asdict(settings)), "step": 370}, path)
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": torch.float32}
+    torch.save({**state, "settings": asdict(settings), "step": 370}, path)
     return path
 
 

@@ -54,7 +54,7 @@ with fake_cuda.tensors():
     fp8 = train_gpt.choose_fp8(settings, world.device, dtype)
     model = fake_cuda.place(train_gpt.GPT(settings.model, dtype, fp8=fp8))
     optimizer = train_gpt.Optimizer(model, settings)
-    losses = train_gpt.Losses(settings.total_steps, world, train_gpt.Clock(world.device))
+    clock = train_gpt.Clock(world.device)
     tied = []
     for step in 0, 241:
         hyper, rotary = train_gpt.schedule(settings, step), train_gpt.rotary_state(settings, step)
@@ -64,7 +64,7 @@ with fake_cuda.tensors():
         tokens = tokens.to(world.device, non_blocking=True)
         loss = train_gpt.train_step(model, tokens, context, settings.slices)
         optimizer.step(hyper)
-        losses.record(step + 1, loss, False)
+        train_gpt.batch_loss(loss, False, world), clock.mark()
         tied.append(optimizer.tied)
     print(model.fp8, loss.device, loss.dtype, tied)
     print(*to_cpu)
@@ -84,5 +84,5 @@ def test_a_step_on_a_gpu_is_all_on_the_gpu_and_waits_for_nothing():
     assert run.returncode == 0, run.stderr
     steps, waits, validation = run.stdout.splitlines()
     assert steps == "True cuda:0 torch.float32 [True, False]"
-    assert waits == "aten.copy_.default goes on"
+    assert "goes on" in waits and "waits" not in waits
     assert validation == "cuda:0 torch.float32 (16384,)"

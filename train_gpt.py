@@ -75,11 +75,12 @@ def setting(default, help: str, **limits):
 class Layer:
     """One row of the network's table: what a layer has besides its MLP. A layer is named by its row's number."""
 
-    attention: str = "plain"  # "plain", "paired" (two heads interleaved into one [58]), "none" (only the MLP)
+    attention: bool = True
     window: str = "short"  # which of the stage's two windows; a "long" one has the partial key offset [49]
-    value_embed: int | None = None  # the value-embedding table that is mixed into v [14]
+    paired_heads: bool = False  # two heads interleaved into one [58]
+    value_embeds: int | None = None  # the table of value embeddings that is mixed into v [14]
     xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
-    reads: int | None = None  # attention reads the stream as it was after that layer [77]
+    single_input: int | None = None  # attention reads the stream as it was after that layer [77]
     skip: int | None = None  # first adds the stream as it was after that layer, gated [55]
     mudd: bool = False  # coefficients made for each token, in place of learned scalars [81]
 
@@ -95,10 +96,6 @@ class Stage:
     lr: float  # multiplies every learning rate
     mtp: tuple[tuple[float, ...], tuple[float, ...]]  # weights of the next targets, from the stage's start to its end
     tied: bool = False  # embed is the transpose of lm_head [51]
-
-
-# The column of the network's table that a switch of `ModelConfig` empties.
-COLUMNS = {"value_embeds": "value_embed", "xsa": "xsa", "single_input": "reads", "skip": "skip", "mudd": "mudd"}
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,10 @@ class ModelConfig:
 
     @property
     def rows(self) -> tuple[Layer, ...]:
-        """The table as it is built: without the columns of the techniques that are switched off."""
-        off = {column: getattr(Layer, column) for switch, column in COLUMNS.items() if not getattr(self, switch)}
-        rows = (replace(layer, **off) for layer in self.layers)
-        if not self.paired_heads:
-            rows = (replace(row, attention=row.attention.replace("paired", "plain")) for row in rows)
-        return tuple(rows)
+        """The table as it is built: without the columns whose switch, of the same name, is off."""
+        switches = "paired_heads", "value_embeds", "xsa", "single_input", "skip", "mudd"
+        off = {name: getattr(Layer, name) for name in switches if not getattr(self, name)}
+        return tuple(replace(layer, **off) for layer in self.layers)
 
     def layers_with(self, column: str) -> tuple[int, ...]:
         """The layers whose row has something in this column."""
@@ -147,7 +142,7 @@ class ModelConfig:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, row in enumerate(self.rows) if row.attention != "none")
+        return tuple(i for i, row in enumerate(self.rows) if row.attention)
 
 
 @dataclass(frozen=True)
@@ -193,30 +188,22 @@ class Settings:
     resume: str = setting("", "checkpoint to go on from")
     wandb: str = setting("", "project of Weights & Biases that gets the log's numbers")
 
-    @property
+    @functools.cached_property
     def all_stages(self) -> tuple[Stage, ...]:
         """The schedule's table as it is run: without what the switched-off techniques leave out."""
-        stages = (*self.stages, self.extension)
-        if not self.extension_windows:
-            stages = (*self.stages, replace(self.extension, windows=self.stages[-1].windows))
-        if not self.length_schedule:
-            stages = tuple(replace(stage, max_seq_len=self.extension.max_seq_len) for stage in stages)
-        if not self.multi_token:
-            stages = tuple(replace(stage, mtp=((1,), (1,))) for stage in stages)
-        return stages
+        off = {} if self.length_schedule else {"max_seq_len": self.extension.max_seq_len}
+        off |= {} if self.multi_token else {"mtp": ((1,), (1,))}
+        last = self.extension if self.extension_windows else replace(self.extension, windows=self.stages[-1].windows)
+        return tuple(replace(stage, **off) for stage in (*self.stages, last))
 
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.all_stages)
 
-    def stage_at(self, step: int) -> tuple[Stage, int]:
-        """The stage of a step, and its first step. The end of the run counts to the last stage."""
-        first = 0
-        for stage in self.all_stages:
-            if step < first + stage.steps:
-                break
-            first += stage.steps
-        return stage, first
+    def begun(self, step: int) -> list[tuple[Stage, int]]:
+        """The stages that have begun by a step, each with its first step; the last of them is the step's own."""
+        firsts = itertools.accumulate((stage.steps for stage in self.all_stages), initial=0)
+        return [(stage, first) for stage, first in zip(self.all_stages, firsts) if first <= step]
 
 
 PRESETS = {
@@ -224,17 +211,17 @@ PRESETS = {
         preset="record",
         model=ModelConfig(
             layers=(
-                Layer("paired"),
-                Layer("plain", value_embed=0, xsa=True),
-                Layer("paired", value_embed=1),
-                Layer("plain", window="long", xsa=True),
-                Layer("plain", xsa=True),
-                Layer("paired"),
-                Layer("none", skip=3),
-                Layer("plain", xsa=True),
-                Layer("plain", value_embed=2, xsa=True, reads=7),
-                Layer("paired", value_embed=3, reads=7),
-                Layer("plain", window="long", value_embed=4, xsa=True, reads=7, mudd=True),
+                Layer(paired_heads=True),
+                Layer(value_embeds=0, xsa=True),
+                Layer(paired_heads=True, value_embeds=1),
+                Layer(window="long", xsa=True),
+                Layer(xsa=True),
+                Layer(paired_heads=True),
+                Layer(attention=False, skip=3),
+                Layer(xsa=True),
+                Layer(value_embeds=2, xsa=True, single_input=7),
+                Layer(paired_heads=True, value_embeds=3, single_input=7),
+                Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=True),
             ),
             mudd_sources=(7, 9, 3),
         ),
@@ -249,11 +236,11 @@ PRESETS = {
         preset="tiny",
         model=ModelConfig(
             layers=(
-                Layer("paired", value_embed=0),
-                Layer("plain", window="long", xsa=True),
-                Layer("none", skip=0),
-                Layer("plain", value_embed=1, xsa=True),
-                Layer("plain", window="long", value_embed=2, xsa=True, reads=3, mudd=True),
+                Layer(paired_heads=True, value_embeds=0),
+                Layer(window="long", xsa=True),
+                Layer(attention=False, skip=0),
+                Layer(value_embeds=1, xsa=True),
+                Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=True),
             ),
             mudd_sources=(3, 2, 1),
             vocab_size=257,
@@ -346,7 +333,7 @@ class Hyper(NamedTuple):
 
 def schedule(settings: Settings, step: int) -> Hyper:
     """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
-    stage, first = settings.stage_at(step)
+    stage, first = settings.begun(step)[-1]
     scheduled = settings.total_steps - settings.extension.steps
     constant = scheduled * (1 - settings.cooldown)
     t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
@@ -376,9 +363,8 @@ def with_steps(settings: Settings, steps: int) -> Settings:
     # The stages still to come keep a step each, which a short extension would otherwise lose.
     ends = [max(i + 1, min(round(end), steps - (len(ends) - 1 - i))) for i, end in enumerate(ends)]
     stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, np.diff([0, *ends]))]
-    momentum = {
-        name: max(round(getattr(settings, name) * factor), 1) for name in ("momentum_warmup", "momentum_cooldown")
-    }
+    names = "momentum_warmup", "momentum_cooldown"
+    momentum = {name: max(round(getattr(settings, name) * factor), 1) for name in names}
     return replace(settings, steps=steps, stages=tuple(stages[:-1]), extension=stages[-1], **momentum)
 
 
@@ -397,22 +383,11 @@ def has_kernels(x: Tensor) -> bool:
 jit = triton.jit if triton else lambda kernel: kernel
 
 
-# How products are cut, by the least compute capability: rows and columns of a program's block, inner step (in bf16; FP8
-# has twice that), pipeline stages, warps. Shared memory must hold the stages: 163 KB on 8.0, 227 KB on 9.0, 99 KB on
-# consumer cards (8.6, 8.9, 12.0). Tensor descriptors (TMA), which the MLP's kernel needs, begin with 9.0.
-SYMMETRIC_TILES = {80: (128, 128, 64, 4, 8)}
-MLP_TILES = {90: (128, 256, 64, 4, 8), 120: (128, 128, 64, 3, 8)}
-
-
-def capability(device: torch.device) -> int:
-    """The compute capability of a CUDA device, times ten."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def find_tiles(table: dict[int, tuple], device: torch.device) -> tuple | None:
-    """The last row that a device reaches."""
-    return table.get(max((least for least in table if least <= capability(device)), default=None))
+# How products are cut: rows and columns of a program's block, inner step (in bf16; FP8 has twice that), pipeline
+# stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
+# cards (8.6, 8.9, 12.0). The MLP's go by the capability they begin with: 9 is the first with tensor descriptors (TMA).
+SYMMETRIC_TILES = 128, 128, 64, 4, 8
+MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
 
 
 @jit
@@ -450,7 +425,7 @@ def symmetric_kernel(
 def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     count, n, inner = a.shape
     out = a.new_empty(count, n, n)
-    *block, stages, warps = find_tiles(SYMMETRIC_TILES, a.device)
+    *block, stages, warps = SYMMETRIC_TILES
     grid = triton.cdiv(n, block[0]) * triton.cdiv(n, block[1]), count
     numbers = (n, inner, *a.stride(), alpha, beta)
     symmetric_kernel[grid](a, add, out, *numbers, *block, num_stages=stages, num_warps=warps)
@@ -505,7 +480,8 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
 
     FP8 inputs have scales, bf16 ones have none. Devices without TMA take PyTorch's product.
     """
-    tiles = find_tiles(MLP_TILES, a.device)
+    gpu = torch.cuda.get_device_properties(a.device)
+    tiles = next((tiles for least, tiles in MLP_TILES.items() if gpu.major >= least), None)
     if tiles is None or a.size(1) % 16 or b.size(0) % 16:
         product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
         return F.relu(product).square() if post is None else 2 * product * post.sqrt()
@@ -518,8 +494,7 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
 
     inputs = describe(a, rows, inner), describe(b, columns, inner), scale_a, scale_b
     outputs = describe(post, rows, columns // 2), describe(out, rows, columns // 2)
-    blocks = triton.cdiv(a.size(0), rows) * triton.cdiv(b.size(0), columns)
-    grid, sizes = (min(processors(a.device), blocks),), (*out.shape, a.size(1), rows, columns, inner)
+    grid, sizes = (gpu.multi_processor_count,), (*out.shape, a.size(1), rows, columns, inner)
     mlp_kernel[grid](*inputs, *outputs, *sizes, num_stages=stages - (post is not None), num_warps=warps)
     return out
 
@@ -527,10 +502,6 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
 @mlp_op.register_fake
 def empty_product(a, b, scale_a, scale_b, post):
     return torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @jit
@@ -609,13 +580,8 @@ def transpose_kernel(source, out, rows, columns, ADD: constexpr, BLOCK: constexp
 @library.custom_op("train_gpt::transpose", mutates_args=("out",))
 def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
     rows, columns = source.shape
-    if source.element_size() == 1:  # FP8 only moves here
-        source, out = source.view(torch.uint8), out.view(torch.uint8)
     grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
     transpose_kernel[grid](source.contiguous(), out, rows, columns, add, BLOCK=64)
-
-
-transpose_op.register_fake(lambda source, out, add: None)
 
 
 def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -636,7 +602,6 @@ def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> 
 # on the CPU, where one compilation then serves all layers, and as a part of the whole model on CUDA.
 # ======================================================================================================================
 
-NORM_EPS = 2**-23
 E4M3_MAX = 448
 # Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last one is for a gradient
 # of 1 from outside, which the product's scale takes up.
@@ -666,7 +631,7 @@ def region(function: Callable) -> Callable:
 @region
 def norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 2^-23) over the last axis, computed in float32, without a gain."""
-    return F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS).to(x.dtype)
+    return F.rms_norm(x.float(), (x.size(-1),), eps=2**-23).to(x.dtype)
 
 
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -828,21 +793,13 @@ def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
     Channels that turn fewer than once in a window are stretched with it, those that turn more than 32 times are not.
     """
     frequencies, scale = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
-    first = 0
-    for before, after in itertools.pairwise(settings.all_stages):
-        first += before.steps
-        old, new = before.windows[1], after.windows[1]
-        if settings.yarn and step >= first and new > old:
+    long_windows = [stage.windows[1] for stage, _ in settings.begun(step)]
+    for old, new in itertools.pairwise(long_windows):
+        if settings.yarn and new > old:
             rotations, ratio = old * frequencies / (2 * math.pi), old / new
             keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
             frequencies, scale = frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
     return frequencies, scale
-
-
-def rotary_tables(frequencies: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, 1, d/4) of the angles at positions 0 … length - 1, made in float32."""
-    angles = torch.arange(length, device=frequencies.device, dtype=torch.float32)[:, None, None] * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -913,9 +870,8 @@ def gated_values(a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device.
 
-    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full. Beside the
-    diagonal both are runs, in rows first the partial blocks, in columns first the full ones: counting makes the lists
-    (a sort would take minutes to compile).
+    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full. Away from the
+    diagonal first all are full, and then all partial: counting makes the lists (a sort would take minutes to compile).
     """
     length = docs.numel()
     blocks = math.ceil(length / BLOCK)
@@ -928,22 +884,18 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     near = (back > 0) & (first[:, None] == last) & ((back - 1) * BLOCK + 1 <= window)
     full = (back > 0) & (last[:, None] == first) & (back * BLOCK + BLOCK - 1 <= window)
 
-    def lists(dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Counts and places of the partial and the full blocks, of each row (dim 1) or column (dim 0)."""
+    def lists(dim: int, way: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Counts and places of the partial and the full blocks, the nearest first, of each row (1) or column (0)."""
         all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
-        if dim == 1:
-            partial, fulls = here - all_near + block, here - all_full + block
-            partial = torch.where(block < all_near - all_full, partial, here)
-        else:
-            partial, fulls = torch.where(block > 0, here + all_full + block, here), here + 1 + block
-        places = (each.clamp(max=blocks - 1) for each in (partial, fulls))  # past the counts, nobody looks
+        away = torch.where(block > 0, all_full + block, 0), (block + 1).expand(blocks, -1)
+        places = ((here + way * each).clamp(0, blocks - 1) for each in away)  # past the counts, nobody looks
         partial, fulls = (each[None, None] for each in places)
         return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
     def allowed(batch, head, query, key):
         return (key <= query) & (docs[query] == docs[key]) & (query - key <= window)
 
-    return BlockMask((length, length), *lists(1), *lists(0), (BLOCK, BLOCK), allowed)
+    return BlockMask((length, length), *lists(1, -1), *lists(0, 1), (BLOCK, BLOCK), allowed)
 
 
 def banded_mask(docs: Tensor, window: int) -> Tensor:
@@ -952,13 +904,10 @@ def banded_mask(docs: Tensor, window: int) -> Tensor:
     What fills up the first and the last chunk is a document of its own.
     """
     size = max(min(window, docs.numel()), 1)
-    chunks = math.ceil(docs.numel() / size)
-    docs = F.pad(docs, (size, chunks * size - docs.numel()), value=-1).view(chunks + 1, size)
-    query_docs, key_docs = docs[1:], torch.cat((docs[:-1], docs[1:]), dim=1)
+    docs = F.pad(docs, (size, -docs.numel() % size), value=-1).unfold(0, 2 * size, size)  # (chunks, 2C)
     back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
-    near = (back >= 0) & (back <= window)
-    same = query_docs[:, :, None] == key_docs[:, None, :]
-    return (near & same)[:, None]
+    same = docs[:, size:, None] == docs[:, None]
+    return (same & (back >= 0) & (back <= window))[:, None]
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
@@ -966,18 +915,16 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tenso
 
     Plain products and a softmax: compiled, they take half the time of scaled_dot_product_attention's CPU kernel.
     """
-    length, heads, dim = q.shape
-    chunks, _, size, _ = mask.shape
-    filling = chunks * size - length
+    length, size = len(q), mask.size(2)
 
     def band(x: Tensor) -> Tensor:  # (chunks, H, 2C, d)
-        x = F.pad(x, (0, 0, 0, 0, size, filling)).view(chunks + 1, size, heads, dim)
+        x = F.pad(x, (0, 0, 0, 0, size, -length % size)).unflatten(0, (-1, size))
         return torch.cat((x[:-1], x[1:]), dim=1).transpose(1, 2)
 
-    queries = F.pad(q, (0, 0, 0, 0, 0, filling)).view(chunks, size, heads, dim).transpose(1, 2)
+    queries = F.pad(q, (0, 0, 0, 0, 0, -length % size)).unflatten(0, (-1, size)).transpose(1, 2)
     logits = (queries @ band(k).mT).float() * scale  # (chunks, H, C, 2C)
     weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
-    return (weights @ band(v)).transpose(1, 2).reshape(chunks * size, heads, dim)[:length]
+    return (weights @ band(v)).transpose(1, 2).flatten(0, 1)[:length]
 
 
 def make_mask(docs: Tensor, window: Tensor | int) -> BlockMask | Tensor:
@@ -1018,7 +965,9 @@ def make_context(config: ModelConfig, length: int, windows: tuple[int, int], lik
     `rotary` is the frequencies and the scale that YaRN has made of those at the start.
     """
     frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
-    cos, sin = rotary_tables(frequencies.to(like.device), 2 * length, like.dtype)
+    positions = torch.arange(2 * length, device=like.device, dtype=torch.float32)
+    angles = positions[:, None, None] * frequencies.to(like.device)
+    cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
     if like.is_cuda:
         windows = tuple(torch.tensor(window, device=like.device) for window in windows)
     return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
@@ -1102,8 +1051,8 @@ class GPT(nn.Module):
         dim, heads, vocab = config.dim, config.heads, config.padded_vocab
         layers, attending = len(rows), len(config.attention_layers)
         self.xsa_layers, self.mudd_layers = config.layers_with("xsa"), config.layers_with("mudd")
-        self.value_layers = config.layers_with("value_embed")
-        self.named = {n for row in rows for n in (row.reads, row.skip)} | set(config.mudd_sources or ())
+        self.value_layers = config.layers_with("value_embeds")
+        self.named = {n for row in rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
         self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
         def add(name: str, *shape: int, value: Tensor | None = None) -> None:
@@ -1144,7 +1093,7 @@ class GPT(nn.Module):
             signs = torch.randint(2, (8192, config.bigram_dim), generator=own, device="cpu")
             self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
         if self.value_layers:
-            add("value_embeds", (1 + max(rows[i].value_embed for i in self.value_layers)) * vocab, dim)
+            add("value_embeds", (1 + max(rows[i].value_embeds for i in self.value_layers)) * vocab, dim)
         if self.gated_layers:
             add("value_gates", len(self.gated_layers), heads, 12)
         if self.xsa_layers:
@@ -1197,16 +1146,16 @@ class GPT(nn.Module):
 
         for i, layer in enumerate(self.rows):
             mix, origin, added = mixes[i], x0, None
-            row = None if layer.value_embed is None else values[layer.value_embed]
+            row = None if layer.value_embeds is None else values[layer.value_embeds]
             if layer.skip is not None:
                 x = gated_skip(x, after[layer.skip], x0, self.skip_lambda.to(x.dtype), self.skip_gate)
             if layer.mudd:
                 x, added, mix, origin = *self.mudd(x, start, after[config.mudd_sources[0]], row), start
-            if layer.attention != "none":
-                a = norm(x if layer.reads is None else after[layer.reads])
+            if layer.attention:
+                a = norm(x if layer.single_input is None else after[layer.single_input])
                 if row is not None and not layer.mudd:
                     added = gated_values(a, row, value_gates[i])
-                y = self.attention(layer, a, added, begins, weights[i], masks[layer.attention, layer.window], context)
+                y = self.attention(layer, a, added, begins, weights[i], masks, context)
                 x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
             x = mlp_step(x, mlps[i], mix.mlp_resid, mix.mlp_post)
             if i in self.named:
@@ -1217,11 +1166,11 @@ class GPT(nn.Module):
             x = weighted_sum((1.0, *self.coefficients(x, 1)), x, *sources)
         return norm(x)
 
-    def masks(self, docs: Tensor, windows) -> dict[tuple[str, str], BlockMask | Tensor]:
+    def masks(self, docs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
         """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
-        docs, windows = {"plain": docs, "paired": docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
-        kinds = dict.fromkeys((layer.attention, layer.window) for layer in self.rows if layer.attention != "none")
-        return {(attention, window): make_mask(docs[attention], windows[window]) for attention, window in kinds}
+        docs, windows = {False: docs, True: docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
+        kinds = dict.fromkeys((layer.paired_heads, layer.window) for layer in self.rows if layer.attention)
+        return {(paired, window): make_mask(docs[paired], windows[window]) for paired, window in kinds}
 
     def by_layer(self, name: str, layers: Iterable[int]) -> dict[int, Tensor]:
         """What each of these layers has of a small parameter, if the model has it, in the dtype of the stream."""
@@ -1270,15 +1219,15 @@ class GPT(nn.Module):
             added = added + torch.cat((gate0 * first, gate1 * second), dim=1)
         return weighted_sum(to_x, start, earlier, x), added, Mix(*c[8:])
 
-    def attention(self, layer: Layer, a: Tensor, added: Tensor | None, begins: Tensor, weights, mask, context: Context):
+    def attention(self, layer: Layer, a: Tensor, added: Tensor | None, begins: Tensor, weights, masks, context):
         """Attention of a layer on its input a (T, D), with `added` (T, D) to the values."""
         config, (w_qk, w_v, w_o, alpha, gate) = self.config, weights
-        offset, paired = config.key_offset and layer.window == "long", layer.attention == "paired"
+        offset, paired = config.key_offset and layer.window == "long", layer.paired_heads
         qk = (a @ w_qk.T).unflatten(1, (2 * config.heads, -1))
         q, k = prepare_qk(qk, begins, context.cos, context.sin, offset, paired)
         v = a @ w_v.T if added is None else torch.addmm(added, a, w_v.T)
         v = v.unflatten(1, (config.heads, -1))
-        y = attend(q, k, pair_heads(v) if paired else v, mask, context.scale)
+        y = attend(q, k, pair_heads(v) if paired else v, masks[paired, layer.window], context.scale)
         return finish_heads(unpair_heads(y) if paired else y, v, alpha, a, gate) @ w_o.T
 
 
@@ -1565,7 +1514,7 @@ def cut_shard(settings: Settings, path: str, lengths: np.ndarray, first: int) ->
     """
     document = limit = 0
     for step in range(first, settings.total_steps):
-        stage, _ = settings.stage_at(step)
+        stage, _ = settings.begun(step)[-1]
         if limit != stage.max_seq_len:
             limit = stage.max_seq_len
             ends = np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf]))  # tokens before each document
@@ -1592,7 +1541,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
                 sizes[path], lengths[path] = len(tokens), np.diff(bounds)
             plan.extend(cut_shard(settings, path, lengths[path], len(plan)))
         if len(plan) == before:
-            stage, _ = settings.stage_at(len(plan))
+            stage, _ = settings.begun(len(plan))[-1]
             raise UserError(
                 f"{settings.train_files}: no shard has documents for one batch of {stage.batch_tokens:,} tokens "
                 f"(cut to {stage.max_seq_len:,}); the largest of {len(paths)} has {max(sizes.values()):,} tokens"
@@ -1728,7 +1677,7 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether training has products in 8 bits: from compute capability 8.9 on, for sizes in multiples of 16."""
     sizes = [settings.model.dim, *(stage.batch_tokens // settings.slices for stage in settings.all_stages)]
-    able = device.type == "cuda" and dtype == torch.bfloat16 and capability(device) >= 89
+    able = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
     return settings.fp8 and able and not any(size % 16 for size in sizes)
 
 
@@ -2171,7 +2120,7 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
             step, pair, mark = pending.popleft()
             milliseconds = clock.at(mark)  # waits until the pair is there
             speed = tokens_at[step - 1] / milliseconds * 1000
-            share = speed * flops_per_token(config, settings.stage_at(step - 1)[0]) / peak
+            share = speed * flops_per_token(config, settings.begun(step - 1)[-1][0]) / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
             log.loss(step, "train_loss", pair[0].item(), milliseconds, status)
             stopping |= bool(pair[1])

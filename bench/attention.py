@@ -105,9 +105,9 @@ def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows
     """Milliseconds forward, and backward, of all attention layers on one sequence; the largest error of an output."""
     forward = backward = error = 0.0
     scale = torch.tensor(config.attention_scale, device=docs.device)
-    kinds = collections.Counter((row.attention, row.window) for row in config.rows if row.attention != "none")
-    for (kind, window), layers in kinds.items():
-        pair = 2 if kind == "paired" else 1
+    kinds = collections.Counter((row.paired_heads, row.window) for row in config.rows if row.attention)
+    for (paired, window), layers in kinds.items():
+        pair = 2 if paired else 1
         each, width = docs.repeat_interleave(pair), windows[window == "long"]
         shape = len(each), config.heads // pair, config.head_dim
         qkv = [torch.randn(shape, device=docs.device, dtype=dtype, requires_grad=trains) for _ in range(3)]

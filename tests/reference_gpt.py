@@ -64,9 +64,9 @@ class ReferenceGPT:
         self.config = config
         self.p = {name: tensor.detach().double() for name, tensor in tensors.items()}
         table = range(len(config.layers))
-        self.attending = [i for i in table if config.layers[i].attention != "none"]
+        self.attending = [i for i in table if config.layers[i].attention]
         self.excluding = [i for i in table if config.layers[i].xsa]
-        self.valued = [i for i in table if config.layers[i].value_embed is not None]
+        self.valued = [i for i in table if config.layers[i].value_embeds is not None]
         self.mixing = [i for i in table if config.layers[i].mudd and config.mudd]
         self.gated = [i for i in self.valued if i not in self.mixing]
 
@@ -107,7 +107,7 @@ class ReferenceGPT:
                 rho, pi = [mu[8], mu[12]], [mu[9], mu[13]]
                 source, from_source, from_bigram = cache0, mu[10], mu[11] if c.bigram else 0.0
             if i in self.attending:
-                a = norm(x if layer.reads is None or not c.single_input else caches[layer.reads])
+                a = norm(x if layer.single_input is None or not c.single_input else caches[layer.single_input])
                 if i in self.gated and c.value_embeds:
                     pieces = torch.cat((a[:, :6], to_v[:, :6]), dim=1)
                     to_v = self.per_head(2 * sigmoid(pieces @ p["value_gates"][self.gated.index(i)].T), to_v)
@@ -119,7 +119,7 @@ class ReferenceGPT:
         if self.mixing:
             mu = self.coefficients(x, place=1)
             cache7, cache9, cache3 = (caches[i] for i in c.mudd_sources)
-            e0 = self.value_rows(next((c.layers[i] for i in self.valued if c.layers[i].value_embed == 0), None))
+            e0 = self.value_rows(next((c.layers[i] for i in self.valued if c.layers[i].value_embeds == 0), None))
             x = x + mu[0] * cache0 + mu[1] * cache7 + mu[2] * cache9 + mu[3] * e0 + mu[4] * cache3
         return 23 * sigmoid((norm(x) @ p["lm_head"] + 5) / 7.5)
 
@@ -138,9 +138,9 @@ class ReferenceGPT:
     def value_rows(self, layer):
         """Each token's row (T, D) of the layer's value embedding; zero where it has none."""
         c = self.config
-        if layer is None or layer.value_embed is None or not c.value_embeds:
+        if layer is None or layer.value_embeds is None or not c.value_embeds:
             return torch.zeros(len(self.tokens), c.dim, dtype=torch.float64)
-        table = self.p["value_embeds"].reshape(-1, len(self.p["embed"]), c.dim)[layer.value_embed]
+        table = self.p["value_embeds"].reshape(-1, len(self.p["embed"]), c.dim)[layer.value_embeds]
         return torch.stack([table[token] for token in self.tokens])
 
     def per_head(self, gates, rows):
@@ -161,7 +161,7 @@ class ReferenceGPT:
         in_scale, out_scale = p["qkv_lambdas"][n], p["out_lambdas"][n]
         w_q, w_k = p["qk_bank"].reshape(len(self.attending), 2, H, d, c.dim)[n]
         w_v, w_o = p["vo_bank"][2 * n].reshape(H, d, c.dim), p["vo_bank"][2 * n + 1]
-        pair = layer.attention == "paired" and c.paired_heads
+        pair = layer.paired_heads and c.paired_heads
         parts = {}
         for h in range(H):
             position = [2 * t + h % 2 if pair else t for t in range(T)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from train_gpt import BLOCK, attend, block_mask, make_mask, prepare_qk, rotary_frequencies, rotary_tables
+from train_gpt import BLOCK, ModelConfig, attend, block_mask, make_context, make_mask, prepare_qk, rotary_frequencies
 
 SCALE = 0.3
 
@@ -266,9 +266,9 @@ def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
 def norm_and_rotate(x):
     """q and k of projections x (T, 2H, d), side by side, as plain heads have them: after QK norm and rotary."""
     length, _, dim = x.shape
-    tables = rotary_tables(rotary_frequencies(dim), length, torch.float32)
+    cos, sin, *_ = make_context(ModelConfig((), dim=dim, heads=1), length, (1, 1), x)
     begins = torch.arange(length) == 0
-    return torch.cat(prepare_qk(x, begins, *tables, offset=False, paired=False), dim=1)
+    return torch.cat(prepare_qk(x, begins, cos, sin, offset=False, paired=False), dim=1)
 
 
 def test_one_rotation_worked_by_hand():

@@ -67,7 +67,7 @@ def caught(judge, tmp_path):
 # Cheats
 # ----------------------------------------------------------------------------------------------------------------------
 
-AHEAD = ("near = (back >= 0)", "near = (back >= -1)")
+AHEAD = ("(back >= 0)", "(back >= -1)")
 
 
 def test_later_token_that_changes_an_earlier_loss_is_caught(caught):
@@ -110,7 +110,7 @@ def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
 
 
 def test_token_that_reaches_another_document_is_caught(caught):
-    same = "query_docs[:, :, None] == key_docs"
+    same = "docs[:, size:, None] == docs"
     cheats = {
         "a mask that lets neighbours mix": [(same, same.replace("==", "- 1 <="))],
         "one token back across the boundary": [("(inputs == config.bos_id) |", "(inputs == -1) |")],
@@ -172,7 +172,7 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
     """Set for good or for a moment, in plain words or not; each is named with its line where there is one."""
     edits = {
         "__defaults__), dynamic=False)": "__defaults__), dynamic=False, mode='max-autotune')",
-        "NORM_EPS = 2**-23": "NORM_EPS = 2**-23\ntorch._inductor.config.max_fusion_size = 128",
+        "E4M3_MAX = 448": "E4M3_MAX = 448\ntorch._inductor.config.max_fusion_size = 128",
         "for adam in (False, True, True):": (
             "with vars(torch)['_in' 'ductor'].config.patch(shape_padding=False): pass\n"
             "        for adam in (False, True, True):"

@@ -21,10 +21,10 @@ SMALL = {"vocab_size": 300, "bos_id": BOS, "dim": 96, "heads": 6, "bigram_rows":
 BASIC = {"value_embeds", "head_pairs"}
 CORE = ModelConfig(
     layers=(
-        Layer(value_embed=1),
+        Layer(value_embeds=1),
         Layer(window="long"),
-        Layer("none"),
-        Layer(window="long", value_embed=0),
+        Layer(attention=False),
+        Layer(window="long", value_embeds=0),
     ),
     **SMALL,
     **{f.name: False for f in fields(ModelConfig) if f.type is bool and f.name not in BASIC},
@@ -132,7 +132,7 @@ def test_a_loss_is_minus_the_log_of_the_softmax_of_capped_logits():
 
 
 def test_evaluation_in_chunks_of_rows_equals_the_forward_pass():
-    config = replace(CORE, layers=(Layer(value_embed=0),), vocab_size=100, bos_id=99, dim=48, heads=3)
+    config = replace(CORE, layers=(Layer(value_embeds=0),), vocab_size=100, bos_id=99, dim=48, heads=3)
     model = random_model(config)
     length = 16_384 + 300  # more than one chunk
     tokens = random_tokens(length, 0.02) % 100
@@ -190,13 +190,13 @@ def core_losses(model, tokens, windows):
     x = x0 = norm(w["embed"][inputs])
     n = 0  # layers with attention so far
     for i, layer in enumerate(config.layers):
-        if layer.attention != "none":
+        if layer.attention:
             a, scale = norm(x), w["qkv_lambdas"][n]
             # Two heads of Q a matrix, then two of K; then V and O.
             w_q, w_k = (np.concatenate([next(qk_bank) for _ in range(heads // 2)]) for _ in range(2))
             q, k, v = ((a @ (scale * weight).T).reshape(len(a), heads, -1) for weight in (w_q, w_k, next(vo_bank)))
-            if layer.value_embed is not None:
-                row = w["value_embeds"][layer.value_embed * vocab :][inputs]
+            if layer.value_embeds is not None:
+                row = w["value_embeds"][layer.value_embeds * vocab :][inputs]
                 gate = 2 * sigmoid(np.concatenate((a[:, :6], row[:, :6]), axis=1) @ next(gates).T)
                 v = v + gate[:, :, None] * row.reshape(v.shape)
             window = windows[1] if layer.window == "long" else windows[0]

@@ -60,9 +60,9 @@ BANKS = ("qk_bank", "vo_bank", "mlp_bank")
 # bank ends in padding.
 MODEL = ModelConfig(
     layers=(
-        Layer(value_embed=0),
-        Layer(attention="none", skip=0),
-        Layer(window="long", value_embed=1, xsa=True, mudd=True),
+        Layer(value_embeds=0),
+        Layer(attention=False, skip=0),
+        Layer(window="long", value_embeds=1, xsa=True, mudd=True),
     ),
     mudd_sources=(0, 1, 1),
     vocab_size=100,
@@ -386,7 +386,7 @@ def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_flo
 
 
 def test_a_model_whose_only_value_embedding_is_the_mudd_layers_has_no_parameter_without_a_gradient():
-    layers = Layer(), Layer(attention="none", skip=0), Layer(value_embed=0, mudd=True)
+    layers = Layer(), Layer(attention=False, skip=0), Layer(value_embeds=0, mudd=True)
     config = replace(MODEL, layers=layers)
     model = GPT(config)
     tokens = torch.randint(100, (33,), generator=torch.Generator().manual_seed(0))

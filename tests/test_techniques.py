@@ -41,13 +41,13 @@ WITHOUT_ONE = [name for name in VARIANTS if not name.startswith("only")]
 BOS = 60
 SMALL = ModelConfig(
     layers=(
-        Layer("paired", value_embed=0),
-        Layer("plain", window="long", xsa=True),
-        Layer("plain", value_embed=1, xsa=True),
-        Layer("none", skip=1),
-        Layer("paired", value_embed=2, reads=2),
-        Layer("plain", xsa=True),
-        Layer("plain", window="long", value_embed=3, xsa=True, reads=2, mudd=True),
+        Layer(paired_heads=True, value_embeds=0),
+        Layer(window="long", xsa=True),
+        Layer(value_embeds=1, xsa=True),
+        Layer(attention=False, skip=1),
+        Layer(paired_heads=True, value_embeds=2, single_input=2),
+        Layer(xsa=True),
+        Layer(window="long", value_embeds=3, xsa=True, single_input=2, mudd=True),
     ),
     mudd_sources=(2, 5, 1),
     vocab_size=61,
@@ -184,22 +184,21 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
 
 def test_the_records_layers_are_those_of_the_recipe():
     rows = [
-        # attention, window, value embedding, what attention reads, XSA, skip, MUDD
-        ("paired", "short", None, None, False, None, False),
-        ("plain", "short", 0, None, True, None, False),
-        ("paired", "short", 1, None, False, None, False),
-        ("plain", "long", None, None, True, None, False),
-        ("plain", "short", None, None, True, None, False),
-        ("paired", "short", None, None, False, None, False),
-        ("none", None, None, None, False, 3, False),
-        ("plain", "short", None, None, True, None, False),
-        ("plain", "short", 2, 7, True, None, False),
-        ("paired", "short", 3, 7, False, None, False),
-        ("plain", "long", 4, 7, True, None, True),
+        # attention, paired, window, value embedding, what attention reads, XSA, skip, MUDD
+        (True, True, "short", None, None, False, None, False),
+        (True, False, "short", 0, None, True, None, False),
+        (True, True, "short", 1, None, False, None, False),
+        (True, False, "long", None, None, True, None, False),
+        (True, False, "short", None, None, True, None, False),
+        (True, True, "short", None, None, False, None, False),
+        (False, False, "short", None, None, False, 3, False),
+        (True, False, "short", None, None, True, None, False),
+        (True, False, "short", 2, 7, True, None, False),
+        (True, True, "short", 3, 7, False, None, False),
+        (True, False, "long", 4, 7, True, None, True),
     ]
-    for layer, row in zip(RECORD.model.layers, rows, strict=True):
-        window = None if layer.attention == "none" else layer.window
-        assert (layer.attention, window, layer.value_embed, layer.reads, layer.xsa, layer.skip, layer.mudd) == row
+    names = "attention", "paired_heads", "window", "value_embeds", "single_input", "xsa", "skip", "mudd"
+    assert [tuple(getattr(layer, name) for name in names) for layer in RECORD.model.layers] == rows
     assert RECORD.model.mudd_sources == (7, 9, 3)  # cache7, cache9 and cache3
     assert all(getattr(RECORD.model, name) for name in SWITCHES)
     assert (RECORD.model.attention_scale, RECORD.model.bigram_rows, RECORD.model.bigram_dim) == (0.1, 15, 192)
@@ -212,9 +211,9 @@ def test_tiny_is_a_small_model_with_every_technique_on():
     assert names[0] == names[1] == set(PARAMETERS)
     # These add no parameter.
     layers = TINY.model.layers
-    assert {layer.attention for layer in layers} == {"plain", "paired", "none"}
+    assert {(layer.attention, layer.paired_heads) for layer in layers} == {(True, False), (True, True), (False, False)}
     assert {layer.window for layer in layers} == {"short", "long"}
-    assert any(layer.reads is not None for layer in layers)
+    assert any(layer.single_input is not None for layer in layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,23 +401,23 @@ def reach(config, windows):
 @pytest.mark.parametrize(("window", "tokens_back"), [(2, 1), (3, 2), (4, 2), (5, 3), (16, 8)])
 def test_paired_heads_look_half_a_window_back(window, tokens_back):
     # Position 2t sees 2t - window at the farthest and 2t + 1, which is the token's too, one position less far back.
-    layer = Layer("paired")
+    layer = Layer(paired_heads=True)
     assert reach(one_layer(layer, paired_heads=True), (window, 99)) == tokens_back
     assert reach(one_layer(layer), (window, 99)) == window
-    assert reach(one_layer(Layer("plain"), paired_heads=True), (window, 99)) == window
+    assert reach(one_layer(Layer(), paired_heads=True), (window, 99)) == window
 
 
 def test_a_key_offset_lets_layers_with_a_long_window_look_one_token_farther_back():
-    for layer, windows in ((Layer("plain", window="long"), (2, 5)), (Layer("plain"), (5, 2))):
+    for layer, windows in ((Layer(window="long"), (2, 5)), (Layer(), (5, 2))):
         assert reach(one_layer(layer), windows) == 5
         assert reach(one_layer(layer, key_offset=True), windows) == (6 if layer.window == "long" else 5)
 
 
 @pytest.mark.parametrize("technique", ["smear", "bigram"])
 def test_smear_and_bigram_look_one_token_back(technique):
-    config = replace(one_layer(Layer("none")), **{technique: True})
+    config = replace(one_layer(Layer(attention=False)), **{technique: True})
     assert reach(config, (5, 5)) == 1
-    assert reach(one_layer(Layer("none")), (5, 5)) == 0
+    assert reach(one_layer(Layer(attention=False)), (5, 5)) == 0
 
 
 def test_xsa_takes_out_the_part_along_the_tokens_own_value():
@@ -438,7 +437,7 @@ def test_xsa_takes_out_the_part_along_the_tokens_own_value():
 
 
 def test_xsa_of_tokens_without_a_value_is_safe():
-    model = private_copy(one_layer(Layer("plain", value_embed=0, xsa=True), value_embeds=True, xsa=True))
+    model = private_copy(one_layer(Layer(value_embeds=0, xsa=True), value_embeds=True, xsa=True))
     model.vo_bank.data[0] = 0  # values are the value embeddings alone
     model.value_embeds.data[3] = 0  # token 3 has none
     assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
@@ -469,7 +468,7 @@ def test_bigram_rows_and_signs_equal_those_of_python_integers():
 
 
 def test_a_bos_and_the_first_position_take_the_last_bigram_row_and_the_first_sign_row():
-    config = one_layer(Layer("none"), bigram=True)
+    config = one_layer(Layer(attention=False), bigram=True)
     before = losses(random_model(config))
     for name, row in (("bigram_table", 15 * 128 - 1), ("bigram_signs", 0)):
         model = private_copy(config)
@@ -480,7 +479,7 @@ def test_a_bos_and_the_first_position_take_the_last_bigram_row_and_the_first_sig
 
 
 def test_only_the_first_channels_receive_the_bigram_embedding():
-    model = private_copy(one_layer(Layer("none"), bigram=True))
+    model = private_copy(one_layer(Layer(attention=False), bigram=True))
     inputs, context = torch.tensor(INPUTS), context_of(model, len(INPUTS))
     model.mlp_bank.data.zero_()  # then nothing mixes channels but the norm, which keeps their ratios
     with_bigrams = model.stream(inputs, context)[:, 20:]
@@ -492,7 +491,7 @@ def test_only_the_first_channels_receive_the_bigram_embedding():
 
 def test_the_first_layer_adds_the_bigram_embedding_once():
     # With attention and MLP silent and rho 1, the stream of one layer stays x0 + lambda b.
-    model = private_copy(one_layer(Layer("plain"), bigram=True))
+    model = private_copy(one_layer(Layer(), bigram=True))
     model.vo_bank.data.zero_()
     model.mlp_bank.data.zero_()
     for name, value in (("resid_lambdas", 1.0), ("x0_lambdas", 0.0), ("bigram_lambdas", 0.5)):
@@ -650,7 +649,7 @@ def plain_gpt(config, p, tokens, targets, windows):
     x = x0 = norm(p["embed"][tokens])
     n = 0
     for i, layer in enumerate(config.layers):
-        if layer.attention != "none":
+        if layer.attention:
             w_q, w_k = p["qk_bank"].reshape(-1, D, D)[2 * n : 2 * n + 2] * p["qkv_lambdas"][n]
             w_v, w_o = p["vo_bank"][2 * n] * p["qkv_lambdas"][n], p["vo_bank"][2 * n + 1] * p["out_lambdas"][n]
             q, k, v = ((norm(x) @ w.T).reshape(T, H, d) for w in (w_q, w_k, w_v))

@@ -3,6 +3,7 @@
 import functools
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def small_device(monkeypatch):
         torch.set_default_device(None)
         return
     monkeypatch.setattr(train_gpt, "has_kernels", lambda x: x.dtype != FLOAT32)
-    monkeypatch.setattr(train_gpt, "capability", lambda device: 90)
-    monkeypatch.setattr(train_gpt, "processors", lambda device: 3)
-    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", {80: (16, 32, 16, 2, 4)})
-    monkeypatch.setattr(train_gpt, "MLP_TILES", {90: (16, 32, 16, 2, 4)})
+    gpu = SimpleNamespace(major=9, multi_processor_count=3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (16, 32, 16, 2, 4))
+    monkeypatch.setattr(train_gpt, "MLP_TILES", {9: (16, 32, 16, 2, 4)})
     yield
 
 
@@ -151,7 +152,7 @@ def test_without_descriptors_the_mlp_is_the_same(monkeypatch):
     x, w = torch.randn(50, 48).to(BF16), torch.randn(80, 48).to(BF16)
     post = train_gpt.mlp_op(x, w, None, None, None)
     grads = train_gpt.mlp_op(x, w, None, None, post)
-    monkeypatch.setattr(train_gpt, "capability", lambda device: 89)
+    monkeypatch.setattr(train_gpt, "MLP_TILES", {})
     torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, None), post, rtol=2**-6, atol=1e-3)
     torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, post), grads, rtol=2**-6, atol=1e-2)
 

@@ -20,7 +20,6 @@ Importing this file has no side effects.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import difflib
 import functools
 import gc
@@ -38,7 +37,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -57,6 +56,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, or a CPU without it
     triton = constexpr = None
+jit = triton.jit if triton else lambda kernel: kernel
 
 # ======================================================================================================================
 # 1. Settings
@@ -132,17 +132,13 @@ class ModelConfig:
     @property
     def rows(self) -> tuple[Layer, ...]:
         """The table as it is built: without the columns whose switch, of the same name, is off."""
-        switches = "paired_heads", "value_embeds", "xsa", "single_input", "skip", "mudd"
-        off = {name: getattr(Layer, name) for name in switches if not getattr(self, name)}
+        off = {column.name: column.default for column in fields(Layer) if not getattr(self, column.name, True)}
         return tuple(replace(layer, **off) for layer in self.layers)
 
     def layers_with(self, column: str) -> tuple[int, ...]:
         """The layers whose row has something in this column."""
-        return tuple(i for i, row in enumerate(self.rows) if getattr(row, column) != getattr(Layer, column))
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, row in enumerate(self.rows) if row.attention)
+        nothing = getattr(Layer(attention=False), column)
+        return tuple(i for i, row in enumerate(self.rows) if getattr(row, column) != nothing)
 
 
 @dataclass(frozen=True)
@@ -206,25 +202,31 @@ class Settings:
         return [(stage, first) for stage, first in zip(self.all_stages, firsts) if first <= step]
 
 
+RECORD_LAYERS = (
+    Layer(paired_heads=True),
+    Layer(value_embeds=0, xsa=True),
+    Layer(paired_heads=True, value_embeds=1),
+    Layer(window="long", xsa=True),
+    Layer(xsa=True),
+    Layer(paired_heads=True),
+    Layer(attention=False, skip=3),
+    Layer(xsa=True),
+    Layer(value_embeds=2, xsa=True, single_input=7),
+    Layer(paired_heads=True, value_embeds=3, single_input=7),
+    Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=True),
+)
+TINY_LAYERS = (
+    Layer(paired_heads=True, value_embeds=0),
+    Layer(window="long", xsa=True),
+    Layer(attention=False, skip=0),
+    Layer(value_embeds=1, xsa=True),
+    Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=True),
+)
+
 PRESETS = {
     "record": Settings(
         preset="record",
-        model=ModelConfig(
-            layers=(
-                Layer(paired_heads=True),
-                Layer(value_embeds=0, xsa=True),
-                Layer(paired_heads=True, value_embeds=1),
-                Layer(window="long", xsa=True),
-                Layer(xsa=True),
-                Layer(paired_heads=True),
-                Layer(attention=False, skip=3),
-                Layer(xsa=True),
-                Layer(value_embeds=2, xsa=True, single_input=7),
-                Layer(paired_heads=True, value_embeds=3, single_input=7),
-                Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=True),
-            ),
-            mudd_sources=(7, 9, 3),
-        ),
+        model=ModelConfig(RECORD_LAYERS, mudd_sources=(7, 9, 3)),
         stages=(
             Stage(460, 131_072, 896, windows=(128, 384), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
             Stage(460, 262_144, 2048, windows=(384, 896), lr=1.52, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
@@ -235,19 +237,7 @@ PRESETS = {
     "tiny": Settings(
         preset="tiny",
         model=ModelConfig(
-            layers=(
-                Layer(paired_heads=True, value_embeds=0),
-                Layer(window="long", xsa=True),
-                Layer(attention=False, skip=0),
-                Layer(value_embeds=1, xsa=True),
-                Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=True),
-            ),
-            mudd_sources=(3, 2, 1),
-            vocab_size=257,
-            bos_id=256,
-            dim=256,
-            heads=4,
-            bigram_dim=64,
+            TINY_LAYERS, mudd_sources=(3, 2, 1), vocab_size=257, bos_id=256, dim=256, heads=4, bigram_dim=64
         ),
         stages=(
             Stage(120, 8192, 512, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
@@ -273,16 +263,12 @@ FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/em
 
 
 class ParameterRow(NamedTuple):
-    """One row of the table of parameters; the last three are its betas, and its factors of `adam_lr` and `adam_wd`.
+    """One row of the table of parameters, with its numbers for Adam; a bank is NorMuon's, unless `--muon false`."""
 
-    Banks of matrices are NorMuon's; with `--muon false` they are Adam's, like the rest. Of banks and tables each rank
-    updates a part; gates and scalars are small, and updated whole by every rank. Scalars are always float32.
-    """
-
-    kind: str  # "bank", "table", "gate", "scalar"
+    kind: str  # each rank updates a part of a "bank" or "table", and all of a "gate" or "scalar" (always float32)
     start: float | str  # a constant, or what `GPT` makes of it, with its standard deviation
     betas: tuple[float, float]
-    lr: float
+    lr: float  # factors of `adam_lr` and `adam_wd`
     wd: float
 
 
@@ -339,13 +325,10 @@ def schedule(settings: Settings, step: int) -> Hyper:
     t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
     warm = min(step / settings.momentum_warmup, 1.0)
     cool = max((step - (settings.total_steps - settings.momentum_cooldown)) / settings.momentum_cooldown, 0.0)
-    return Hyper(
-        stage=stage,
-        lr=(1 - t) * stage.lr + t * settings.final_lr,
-        momentum=settings.momentum - 0.1 * (1 - warm) - 0.1 * cool,
-        adam=step % 2 == 1,
-        mtp=tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp)),
-    )
+    lr = (1 - t) * stage.lr + t * settings.final_lr
+    momentum = settings.momentum - 0.1 * (1 - warm) - 0.1 * cool
+    mtp = tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp))
+    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=mtp)
 
 
 def final_windows(settings: Settings) -> tuple[int, int]:
@@ -375,19 +358,15 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 # equals, which is what runs on the CPU and in float32. Kernels compute in float32 and round once, at the end.
 # ======================================================================================================================
 
-
-def has_kernels(x: Tensor) -> bool:
-    return triton is not None and x.is_cuda and x.dtype != torch.float32
-
-
-jit = triton.jit if triton else lambda kernel: kernel
-
-
 # How products are cut: rows and columns of a program's block, inner step (in bf16; FP8 has twice that), pipeline
 # stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
 # cards (8.6, 8.9, 12.0). The MLP's go by the capability they begin with: 9 is the first with tensor descriptors (TMA).
 SYMMETRIC_TILES = 128, 128, 64, 4, 8
 MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
+
+
+def has_kernels(x: Tensor) -> bool:
+    return triton is not None and x.is_cuda and x.dtype != torch.float32
 
 
 @jit
@@ -399,7 +378,7 @@ def symmetric_kernel(
     across = tl.cdiv(n, COLUMNS)
     i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, tl.cdiv(n, ROWS), across, 8)
     if i * ROWS >= (j + 1) * COLUMNS:
-        return  # below the diagonal: another block's mirror image
+        return  # below the diagonal: another block's mirror image, which halves the work
     batch = tl.program_id(1).to(tl.int64)
     a += batch * stride_batch
     out += batch * n * n
@@ -436,10 +415,7 @@ symmetric_op.register_fake(lambda a, add, alpha, beta: a.new_empty(a.size(0), a.
 
 
 def symmetric_product(a: Tensor, add: Tensor | None = None, alpha: float = 1, beta: float = 1) -> Tensor:
-    """alpha A A^T + beta add for each matrix of a (n, rows, cols), with symmetric add (n, rows, rows).
-
-    The kernel computes the blocks of one triangle, half the work, and its result is symmetric to the bit.
-    """
+    """alpha A A^T + beta add for each matrix of a (n, rows, cols), with symmetric add (n, rows, rows)."""
     if has_kernels(a):
         return symmetric_op(a, add if add is None else add.contiguous(), alpha, beta)
     return alpha * (a @ a.mT) if add is None else torch.baddbmm(add, a, a.mT, beta=beta, alpha=alpha)
@@ -450,11 +426,8 @@ def mlp_kernel(
     a, b, scale_a, scale_b, post, out, rows, columns, inner,
     ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
 ):  # fmt: skip
-    """Blocks of out = relu(A B^T)^2, or with `post` of out = 2 (A B^T) sqrt(post), from and to tensor descriptors.
-
-    Persistent: as many programs as multiprocessors. A block is stored in two halves, to leave shared memory to the
-    pipeline.
-    """
+    """Blocks of out = relu(A B^T)^2, or with `post` of out = 2 (A B^T) sqrt(post), from and to tensor descriptors."""
+    # Persistent: as many programs as multiprocessors.
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
@@ -464,36 +437,27 @@ def mlp_kernel(
         if scale_a is not None:
             total *= tl.load(scale_a) * tl.load(scale_b)
         halves = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        for h in tl.static_range(2):
+        for h in tl.static_range(2):  # a half at a time, to leave shared memory to the pipeline
             place = [i * ROWS, j * COLUMNS + h * (COLUMNS // 2)]
-            if post is None:
-                half = tl.maximum(halves[h], 0)
-                half *= half
-            else:
-                half = 2 * halves[h] * tl.sqrt(post.load(place).to(tl.float32))
+            half = tl.maximum(halves[h], 0) if post is None else 2 * halves[h]
+            half *= half if post is None else tl.sqrt(post.load(place).to(tl.float32))
             out.store(place, half.to(out.dtype))
 
 
 @library.custom_op("train_gpt::mlp", mutates_args=())
 def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, post: Tensor | None) -> Tensor:
-    """relu(scale_a A scale_b B^T)^2, or with `post` 2 (A B^T) sqrt(post), in bf16: a (n, k) and b (m, k) to (n, m).
-
-    FP8 inputs have scales, bf16 ones have none. Devices without TMA take PyTorch's product.
-    """
+    """relu(scale_a A scale_b B^T)^2, or with `post` 2 (A B^T) sqrt(post), in bf16: a (n, k) and b (m, k) to (n, m)."""
     gpu = torch.cuda.get_device_properties(a.device)
     tiles = next((tiles for least, tiles in MLP_TILES.items() if gpu.major >= least), None)
-    if tiles is None or a.size(1) % 16 or b.size(0) % 16:
+    if tiles is None or a.size(1) % 16 or b.size(0) % 16:  # without TMA
         product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
         return F.relu(product).square() if post is None else 2 * product * post.sqrt()
     out = empty_product(a, b, scale_a, scale_b, post)
     rows, columns, inner, stages, warps = tiles
     inner = inner if scale_a is None else 2 * inner
-
-    def describe(x: Tensor | None, *block: int) -> TensorDescriptor | None:
-        return x if x is None else TensorDescriptor.from_tensor(x.contiguous(), list(block))
-
-    inputs = describe(a, rows, inner), describe(b, columns, inner), scale_a, scale_b
-    outputs = describe(post, rows, columns // 2), describe(out, rows, columns // 2)
+    describe, half = TensorDescriptor.from_tensor, [rows, columns // 2]
+    inputs = describe(a.contiguous(), [rows, inner]), describe(b.contiguous(), [columns, inner]), scale_a, scale_b
+    outputs = None if post is None else describe(post.contiguous(), half), describe(out, half)
     grid, sizes = (gpu.multi_processor_count,), (*out.shape, a.size(1), rows, columns, inner)
     mlp_kernel[grid](*inputs, *outputs, *sizes, num_stages=stages - (post is not None), num_warps=warps)
     return out
@@ -512,10 +476,7 @@ def capped(logits):
 
 @jit
 def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, NEXT: constexpr, BLOCK: constexpr):
-    """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`.
-
-    The capped logits lie between 0 and 23, so that the sum of their exponentials needs no maximum.
-    """
+    """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
     grads += row * vocab
@@ -523,7 +484,7 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = capped(tl.load(logits + columns, columns < vocab, 0))
-        sums += tl.where(columns < vocab, tl.exp(23 * s), 0)
+        sums += tl.where(columns < vocab, tl.exp(23 * s), 0)  # at most exp(23): it needs no maximum
     total = tl.sum(sums)
     weight_sum, loss = 0.0, 0.0
     for k in tl.static_range(NEXT):
@@ -546,16 +507,11 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
 
 @library.custom_op("train_gpt::loss", mutates_args=())
 def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Losses (T,) as `training_loss` sums them, and the gradient (T, V) of their sum by the logits, in one pass.
-
-    The gradient is in the logits' type, or with `fp8` in e5m2, divided by LOGIT_GRAD_SCALE.
-    """
+    """Losses (T,) as `training_loss` sums them, and the gradient (T, V) of their sum by the logits, in one pass."""
     logits = logits.contiguous()
     losses, grads = loss_outputs(logits, targets, weights, fp8)
-    scale = LOGIT_GRAD_SCALE if fp8 else 1.0
-    loss_kernel[(len(logits),)](
-        logits, targets, weights, losses, grads, *logits.shape, scale, NEXT=len(weights), BLOCK=4096, num_warps=8
-    )
+    numbers = *logits.shape, LOGIT_GRAD_SCALE if fp8 else 1.0, len(weights)  # an e5m2 gradient is divided by its scale
+    loss_kernel[(len(logits),)](logits, targets, weights, losses, grads, *numbers, BLOCK=4096, num_warps=8)
     return losses, grads
 
 
@@ -587,10 +543,9 @@ def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
 def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """The transpose of a matrix, contiguous: new, or in place of what is in `out`, or added to that."""
     out = source.new_empty(source.size(1), source.size(0)) if out is None else out
-    if has_kernels(out) and out.is_contiguous():
-        transpose_op(source, out, add)
-    else:
-        out.add_(source.T) if add else out.copy_(source.T)
+    if not has_kernels(out) or not out.is_contiguous():
+        return out.add_(source.T) if add else out.copy_(source.T)
+    transpose_op(source, out, add)
     return out
 
 
@@ -609,13 +564,11 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 
 
 def region(function: Callable) -> Callable:
-    """Compiles a function of tensors of one length: on the CPU a copy of it for each length.
-
-    PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
-    """
+    """Compiles a function of tensors of one length: on the CPU a copy of it for each length."""
 
     @functools.cache
     def compiled(length: int) -> Callable:
+        # PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
         code = function.__code__.replace()
         return torch.compile(type(function)(code, globals(), argdefs=function.__defaults__), dynamic=False)
 
@@ -652,11 +605,7 @@ def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor | float, dtype=torch.bfloat1
 
 
 class Head(torch.autograd.Function):
-    """The training objective of the normed stream x (T, D), as in `training_loss`, with the kernels.
-
-    The logits' gradient is made together with the loss, so that only it is kept; `fp8` has the three products in
-    8 bits [19, 60, 67, 79].
-    """
+    """`training_loss` with the kernels; `fp8` has the three products in 8 bits [19, 60, 67, 79]."""
 
     @staticmethod
     def forward(ctx, x, lm_head, targets, weights, fp8):
@@ -666,7 +615,7 @@ class Head(torch.autograd.Function):
             logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE)
         else:
             logits = x @ lm_head
-        losses, logit_grads = loss_op(logits, targets, weights, fp8)
+        losses, logit_grads = loss_op(logits, targets, weights, fp8)  # at once, so that only the gradient is kept
         ctx.save_for_backward(x, lm_head, logit_grads)
         return losses.sum()
 
@@ -696,32 +645,26 @@ def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 @region
 def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, fp8: bool = False) -> Tensor:
-    """The multi-token objective, summed over positions: sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) [53].
-
-    Targets past the end are left out; the normalizer keeps all the weights.
-    """
+    """The multi-token objective, summed over positions: sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) [53]."""
     if has_kernels(x):
         return Head.apply(x, lm_head, targets, weights, fp8)
     z = softcap(x @ lm_head, x.dtype)
     total = weights.sum() * z.logsumexp(-1).sum()
-    for k in range(len(weights)):
+    for k in range(len(weights)):  # targets past the end are left out, though the normalizer keeps all the weights
         rest = targets[k:]
         total = total - weights[k] * z[: len(rest)].gather(-1, rest[:, None]).sum()
     return total
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_in^T)^2 W_out with the kernels: of the hidden layer only the square is kept [59, 87].
-
-    With W_in in 8 bits, too, and its scale, the first product is in 8 bits, the backward pass in bf16 [84]. The scale
-    of x is that of the whole sequence, which is not causal: for training only.
-    """
+    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, and its scale, the first product in 8 bits."""
 
     @staticmethod
     def forward(ctx, x, w_in, w_out, w_in8=None, scale=None):
+        # The scale of x is the whole sequence's, which is not causal: for training only. Backward is in bf16 [84].
         x8, x_scale = (x, None) if scale is None else quantize_to_fit(x)
         post = mlp_op(x8, w_in if scale is None else w_in8, x_scale, scale, None)
-        ctx.save_for_backward(x, w_in, w_out, post)
+        ctx.save_for_backward(x, w_in, w_out, post)  # of the hidden layer only the square [59, 87]
         return post @ w_out
 
     @staticmethod
@@ -788,14 +731,11 @@ def rotary_frequencies(head_dim: int) -> Tensor:
 
 
 def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
-    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window up to there [31].
-
-    Channels that turn fewer than once in a window are stretched with it, those that turn more than 32 times are not.
-    """
+    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window until then [31]."""
     frequencies, scale = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
     long_windows = [stage.windows[1] for stage, _ in settings.begun(step)]
     for old, new in itertools.pairwise(long_windows):
-        if settings.yarn and new > old:
+        if settings.yarn and new > old:  # stretches what turns once in the old window, but not what turns 32 times
             rotations, ratio = old * frequencies / (2 * math.pi), old / new
             keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
             frequencies, scale = frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
@@ -832,12 +772,9 @@ def unpair_heads(x: Tensor) -> Tensor:
 
 @region
 def prepare_qk(qk: Tensor, begins: Tensor, cos: Tensor, sin: Tensor, offset: bool, paired: bool):
-    """q and k from the projections qk (T, 2H, d): QK norm, key offset, pairing, rotary.
-
-    With `offset`, the channels of a key that do not turn are the token's before, except where a document `begins`.
-    """
+    """q and k from the projections qk (T, 2H, d): QK norm, key offset, pairing, rotary."""
     q, k = norm(qk).chunk(2, dim=1)
-    if offset:
+    if offset:  # the channels of a key that do not turn are the token's before, except where a document begins [49]
         turning, still = k.chunk(2, dim=-1)
         k = torch.cat((turning, torch.where(begins[:, None, None], still, previous(still))), dim=-1)
     if paired:
@@ -847,15 +784,11 @@ def prepare_qk(qk: Tensor, begins: Tensor, cos: Tensor, sin: Tensor, offset: boo
 
 @region
 def finish_heads(y: Tensor, v: Tensor, alpha: Tensor | None, a: Tensor, gate: Tensor | None) -> Tensor:
-    """What becomes of the heads' outputs y (T, H, d) before W_o: XSA with strengths alpha (H,), and the gate (H, 12).
-
-    XSA takes tanh(alpha) of the part of y that is parallel to the token's own value v out of it [82]; the gate reads
-    the first twelve channels of the attention's input a (T, D) [28].
-    """
-    if alpha is not None:
+    """What becomes of the heads' outputs y (T, H, d) before W_o: XSA of strengths alpha (H,), and the gate (H, 12)."""
+    if alpha is not None:  # takes tanh(alpha) of the part of y that is parallel to the token's own value v out [82]
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
         y = y - alpha.tanh()[:, None] * along * v
-    if gate is not None:
+    if gate is not None:  # reads the first twelve channels of the attention's input a (T, D) [28]
         y = y * torch.sigmoid(a[:, :12] @ gate.T)[:, :, None]
     return y.flatten(1)
 
@@ -868,28 +801,25 @@ def gated_values(a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
-    """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device.
-
-    Exactly the blocks that hold an allowed pair are listed, and those without a forbidden one as full. Away from the
-    diagonal first all are full, and then all partial: counting makes the lists (a sort would take minutes to compile).
-    """
-    length = docs.numel()
+    """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device."""
+    length = len(docs)
     blocks = math.ceil(length / BLOCK)
     block = torch.arange(blocks, dtype=torch.int32, device=docs.device)
     first = docs[block * BLOCK]
     last = docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
     here = block[:, None]
     back = here - block  # how many blocks the keys lie behind the queries
-    # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round.
+    # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round. A block
+    # that holds an allowed pair is listed, and one without a forbidden pair as full.
     near = (back > 0) & (first[:, None] == last) & ((back - 1) * BLOCK + 1 <= window)
     full = (back > 0) & (last[:, None] == first) & (back * BLOCK + BLOCK - 1 <= window)
 
     def lists(dim: int, way: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Counts and places of the partial and the full blocks, the nearest first, of each row (1) or column (0)."""
+        # From the diagonal on first all are full, then all partial: counting is enough (a sort compiles for minutes).
         all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
-        away = torch.where(block > 0, all_full + block, 0), (block + 1).expand(blocks, -1)
-        places = ((here + way * each).clamp(0, blocks - 1) for each in away)  # past the counts, nobody looks
-        partial, fulls = (each[None, None] for each in places)
+        away = torch.where(block > 0, all_full + block, 0), block + 1
+        partial, fulls = ((here + way * each).clamp(0, blocks - 1)[None, None] for each in away)  # unread past count
         return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
     def allowed(batch, head, query, key):
@@ -899,22 +829,17 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
 
 
 def banded_mask(docs: Tensor, window: int) -> Tensor:
-    """The allowed pairs as (chunks, 1, C, 2C): queries in chunks of C >= window, keys of that chunk and the one before.
-
-    What fills up the first and the last chunk is a document of its own.
-    """
-    size = max(min(window, docs.numel()), 1)
-    docs = F.pad(docs, (size, -docs.numel() % size), value=-1).unfold(0, 2 * size, size)  # (chunks, 2C)
+    """The allowed pairs (chunks, 1, C, 2C): queries in chunks of C >= window, keys of that chunk and the one before."""
+    size = max(min(window, len(docs)), 1)
+    # What fills up the first and the last chunk is a document of its own.
+    docs = F.pad(docs, (size, -len(docs) % size), value=-1).unfold(0, 2 * size, size)  # (chunks, 2C)
     back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
     same = docs[:, size:, None] == docs[:, None]
     return (same & (back >= 0) & (back <= window))[:, None]
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """Attention of q, k, v (T, H, d) under a `banded_mask`.
-
-    Plain products and a softmax: compiled, they take half the time of scaled_dot_product_attention's CPU kernel.
-    """
+    """Attention of q, k, v (T, H, d) under a `banded_mask`."""
     length, size = len(q), mask.size(2)
 
     def band(x: Tensor) -> Tensor:  # (chunks, H, 2C, d)
@@ -922,6 +847,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tenso
         return torch.cat((x[:-1], x[1:]), dim=1).transpose(1, 2)
 
     queries = F.pad(q, (0, 0, 0, 0, 0, -length % size)).unflatten(0, (-1, size)).transpose(1, 2)
+    # Products and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
     logits = (queries @ band(k).mT).float() * scale  # (chunks, H, C, 2C)
     weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
     return (weights @ band(v)).transpose(1, 2).flatten(0, 1)[:length]
@@ -1048,10 +974,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.fp8 = config, fp8
         self.rows = rows = config.rows
-        dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-        layers, attending = len(rows), len(config.attention_layers)
+        self.attention_layers, self.value_layers = config.layers_with("attention"), config.layers_with("value_embeds")
         self.xsa_layers, self.mudd_layers = config.layers_with("xsa"), config.layers_with("mudd")
-        self.value_layers = config.layers_with("value_embeds")
+        dim, heads, vocab = config.dim, config.heads, config.padded_vocab
+        layers, attending = len(rows), len(self.attention_layers)
         self.named = {n for row in rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
         self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
 
@@ -1178,7 +1104,7 @@ class GPT(nn.Module):
 
     def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
         """W_qk (2D, D), W_v and W_o of each layer with attention, times their scalars [47]; XSA's alphas; the gate."""
-        layers, dim = self.config.attention_layers, self.config.dim
+        layers, dim = self.attention_layers, self.config.dim
         count = len(layers)
         qkv, out = (p.to(self.vo_bank.dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
         w_qk = self.qk_bank.view(-1, dim)[: count * 2 * dim].view(count, 2 * dim, dim)
@@ -1755,14 +1681,14 @@ class Clock:
 
 def flops_per_token(config: ModelConfig, stage: Stage) -> int:
     """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
-    windows = [stage.windows[config.rows[i].window == "long"] for i in config.attention_layers]
+    windows = [stage.windows[row.window == "long"] for row in config.rows if row.attention]
     return 6 * sum(active_matrices(config).values()) + 12 * config.dim * sum(windows)
 
 
 def active_matrices(config: ModelConfig) -> dict[str, int]:
     """The parameters that every token is multiplied with, by part of the model."""
     head, mlp = config.dim * config.padded_vocab, 8 * config.dim**2 * len(config.layers)
-    return {"head": head, "MLP": mlp, "attention": 4 * config.dim**2 * len(config.attention_layers)}
+    return {"head": head, "MLP": mlp, "attention": 4 * config.dim**2 * len(config.layers_with("attention"))}
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -1822,7 +1748,7 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
         lines.append(output_of("nvidia-smi"))
     git = "git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split()
     lines += [f"world size: {world.size}", f"git: {output_of(*git).replace('-', ' ')}"]
-    lines += [f"settings: {json.dumps(dataclasses.asdict(settings))}"]
+    lines += [f"settings: {json.dumps(asdict(settings))}"]
     lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
     return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, rule, "")).encode()
 
@@ -1856,7 +1782,7 @@ class Log:
                 import wandb
             except ImportError:
                 raise UserError("--wandb needs the package wandb: pip install wandb") from None
-            self.wandb = wandb.init(project=settings.wandb, name=name, config=dataclasses.asdict(settings))
+            self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
         self.say(f"log: {self.path}")
 
     def write(self, content: bytes) -> None:
@@ -1923,7 +1849,7 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
     if not log.file:
         return
     state = {
-        "settings": dataclasses.asdict(settings),
+        "settings": asdict(settings),
         "dtype": model.embed.dtype,
         "step": step,
         "train_time_ms": milliseconds,
@@ -2231,7 +2157,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def convert(f: dataclasses.Field, kind: type, text: str):
+def convert(f: Field, kind: type, text: str):
     """An option's text as a value of the field; UserError if it cannot be one."""
     given, limits = f"{option(f.name)} {text}", f.metadata
     try:
@@ -2259,7 +2185,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first])
     for holder, title in ((preset, "run"), (preset.model, "model")):
         group = parser.add_argument_group(f"{title} (defaults of {preset.preset})")
-        for f in dataclasses.fields(holder):
+        for f in fields(holder):
             if "help" in f.metadata:
                 kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
                 shown = f" (default: {default})" if default not in (None, "") else ""

@@ -886,10 +886,7 @@ class Context(NamedTuple):
 
 
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
-    """The context of sequences of `length` tokens, on the device and in the dtype of `like`, for the next token only.
-
-    `rotary` is the frequencies and the scale that YaRN has made of those at the start.
-    """
+    """A context of `length` tokens, for the next one only, on the device of `like`; `rotary` is a `rotary_state`."""
     frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
     positions = torch.arange(2 * length, device=like.device, dtype=torch.float32)
     angles = positions[:, None, None] * frequencies.to(like.device)
@@ -965,14 +962,11 @@ def weighted_sum(factors: tuple[Tensor, ...], *terms: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The model of `config`, its matrices in `dtype`. Banks are padded with zero matrices to a multiple of `shards`.
-
-    With `fp8` training has the head's products and the MLP's first in 8 bits; evaluation never has.
-    """
+    """The model of `config`, its matrices in `dtype`, banks padded with zero matrices to a multiple of `shards`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
-        self.config, self.fp8 = config, fp8
+        self.config, self.fp8 = config, fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
         self.rows = rows = config.rows
         self.attention_layers, self.value_layers = config.layers_with("attention"), config.layers_with("value_embeds")
         self.xsa_layers, self.mudd_layers = config.layers_with("xsa"), config.layers_with("mudd")
@@ -1050,9 +1044,8 @@ class GPT(nn.Module):
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
         config = self.config
-        docs = (inputs == config.bos_id).cumsum(0)
         begins = document_starts(inputs, config)
-        masks = self.masks(docs, context.windows)
+        masks = self.masks((inputs == config.bos_id).cumsum(0), context.windows)
         weights, mlps, mixes = self.attention_weights(), self.mlp_weights(fp8), self.static_mixes(len(inputs))
         value_gates = self.by_layer("value_gates", self.gated_layers)
 
@@ -1079,7 +1072,7 @@ class GPT(nn.Module):
                 x, added, mix, origin = *self.mudd(x, start, after[config.mudd_sources[0]], row), start
             if layer.attention:
                 a = norm(x if layer.single_input is None else after[layer.single_input])
-                if row is not None and not layer.mudd:
+                if i in value_gates:
                     added = gated_values(a, row, value_gates[i])
                 y = self.attention(layer, a, added, begins, weights[i], masks, context)
                 x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
@@ -1160,9 +1153,9 @@ class GPT(nn.Module):
 # ======================================================================================================================
 # 6. Optimizer
 #
-# NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a sharded
-# parameter is reduce-scattered, each rank updates its part, and the parts are gathered; small parameters are
-# all-reduced and updated whole by everyone. With one rank there is no communication at all.
+# NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a bank or
+# table is reduce-scattered, each rank updates its part, and the parts are gathered; gates and scalars are all-reduced
+# and updated whole by everyone. With one rank there is no communication at all.
 # ======================================================================================================================
 
 # torch 2.13 renames the two collectives and warns of the old names.
@@ -1171,18 +1164,13 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 BANKS, TABLES = (tuple(name for name, row in PARAMETERS.items() if row.kind == kind) for kind in ("bank", "table"))
 SMALL = tuple(name for name in PARAMETERS if name not in BANKS + TABLES)
-# Reductions: the banks first, because every step has them and most of the work waits for them; then the large tables.
-REDUCE_ORDER = (*SMALL, *BANKS, *TABLES)
-# Updates: small and memory-bound ones first, so that their gathers travel while Muon computes.
-UPDATE_ORDER = (*SMALL, *TABLES, *BANKS)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
 def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bias2) -> None:
     """One step of Adam with cautious weight decay, in place, on flat tensors, so that one graph serves them all.
 
-    All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 * wd, bias1 and bias2 are
-    1 - beta^t. The arithmetic is float32 whatever the parameter's dtype is.
+    All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 wd, bias1 and bias2 are 1 - beta^t.
     """
     grad, value = grad.float(), p.float()
     exp_avg.lerp_(grad, 1 - beta1)
@@ -1192,28 +1180,26 @@ def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bi
 
 
 @torch.compile(dynamic=False, fullgraph=True)
-def normuon_update(p, low, grad, buffer, mean_sq, factors, lr, wd, momentum, beta2) -> None:
+def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_sq, low=None) -> None:
     """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43, 57].
 
-    `low` (uint16) holds the mantissa bits that bf16 weights lose, or is None for float32 weights. `buffer` is the
-    float32 momentum, `mean_sq` the running mean squares of rows (n, rows, 1) or columns (n, 1, cols), `factors`
-    (n, 1, 1) each matrix's part of the learning rate. The four numbers are 0-d tensors.
+    `factors` (n, 1, 1) are the matrices' parts of the learning rate, the four numbers 0-d tensors; `exp_avg` is the
+    float32 momentum, `exp_avg_sq` the running mean squares of rows (n, rows, 1) or columns (n, 1, cols), `low`
+    (uint16) holds the mantissa bits that bf16 weights lose; float32 weights have none.
     """
     grad = grad.float()
-    buffer.lerp_(grad, 1 - momentum)
-    u = polar_express(torch.lerp(grad, buffer, momentum), p.dtype).float()
+    exp_avg.lerp_(grad, 1 - momentum)
+    u = polar_express(torch.lerp(grad, exp_avg, momentum), p.dtype).float()
     before = u.norm(dim=(-2, -1), keepdim=True)
-    mean_sq.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
-    u = u * mean_sq.clamp(min=1e-10).rsqrt()
+    exp_avg_sq.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
+    u = u * exp_avg_sq.clamp(min=1e-10).rsqrt()
     u = u * (before / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
     value = p if low is None else join_float32(p, low)
     step = lr * factors
     value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
-    if low is None:
-        p.copy_(value)
-    else:
-        top, bottom = split_float32(value)
-        p.copy_(top)
+    top, bottom = (value, None) if low is None else split_float32(value)
+    p.copy_(top)
+    if low is not None:
         low.copy_(bottom)
 
 
@@ -1236,22 +1222,19 @@ class Optimizer:
         self.state: dict[str, dict[str, Tensor]] = {}
         self.factors: dict[str, Tensor] = {}
         for name, p in self.params.items():
-            part = self.share(name, p.data)
-            state = {"exp_avg": torch.zeros_like(part, dtype=torch.float32)}
+            part = squares = self.share(name, p.data)
             if name in self.muon:
                 count, rows, cols = p.shape
-                mean_sq = part[:, :, :1] if rows >= cols else part[:, :1]
-                state["mean_sq"] = torch.zeros_like(mean_sq, dtype=torch.float32)
-                if part.dtype == torch.bfloat16:
-                    state["low"] = torch.zeros_like(part, dtype=torch.uint16)
+                squares = part[:, :, :1] if rows >= cols else part[:, :1]
                 # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
                 factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=part.device)
                 if name == "mlp_bank":
                     factors[1::2] *= 2
                 self.factors[name] = self.share(name, factors)
-            else:
-                state["exp_avg_sq"] = torch.zeros_like(part, dtype=torch.float32)
-            self.state[name] = state
+            averages = {"exp_avg": part, "exp_avg_sq": squares}
+            self.state[name] = {key: torch.zeros_like(x, dtype=torch.float32) for key, x in averages.items()}
+            if name in self.muon and part.dtype == torch.bfloat16:
+                self.state[name]["low"] = torch.zeros_like(part, dtype=torch.uint16)
 
     def share(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of what has a parameter's first axis: of a small one, which no one shares, the whole."""
@@ -1262,7 +1245,9 @@ class Optimizer:
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
         head, embed, tied = self.params["lm_head"], self.params["embed"], hyper.adam and self.tied
-        active = [name for name in REDUCE_ORDER if name in self.params and (hyper.adam or name in self.muon)]
+        # Banks before the large tables: every step has them, and most of the work waits for them.
+        order = (*SMALL, *BANKS, *TABLES)
+        active = [name for name in order if name in self.params and (hyper.adam or name in self.muon)]
         if tied:
             transposed(embed.grad, out=head.grad, add=True)
             embed.grad = None
@@ -1270,7 +1255,7 @@ class Optimizer:
         reduced = {name: self.start_reduction(name) for name in active}
         self.updates += hyper.adam
         gathers = []
-        for name in sorted(active, key=UPDATE_ORDER.index):
+        for name in sorted(active, key=lambda name: name in BANKS):  # so that gathers travel while Muon computes
             p, (works, part) = self.params[name], reduced[name]
             for work in works:
                 work.wait()
@@ -1300,10 +1285,8 @@ class Optimizer:
         return [reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)], lambda: part
 
     def exchange_rows(self, grad: Tensor) -> tuple[list[dist.Work], Callable[[], Tensor]]:
-        """The reduce-scatter of a gradient (rows, cols) of which few rows are not zero: each goes to its owner alone.
-
-        Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
-        """
+        """The reduce-scatter of a gradient (rows, cols) that is zero in most rows: the rest go to their owners."""
+        # Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
         rows = torch.cat(self.touched).unique()
         self.touched.clear()
         size = len(grad) // self.world_size
@@ -1327,15 +1310,14 @@ class Optimizer:
         settings, state, part = self.settings, self.state[name], self.share(name, self.params[name].data)
         if name in self.muon:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
-            tensors = (state.get("low"), grad, state["exp_avg"], state["mean_sq"], self.factors[name])
-            normuon_update(part, *tensors, *map(torch.tensor, numbers))
+            normuon_update(part, grad, self.factors[name], *map(torch.tensor, numbers), **state)
         else:
             row = PARAMETERS[name]
             lr = settings.adam_lr * hyper.lr * row.lr
             bias = [1 - beta**self.updates for beta in row.betas]
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
-            tensors = (part, grad, state["exp_avg"], state["exp_avg_sq"])
-            adam_update(*(tensor.view(-1) for tensor in tensors), *map(torch.tensor, numbers))
+            tensors = (tensor.view(-1) for tensor in (part, grad, *state.values()))
+            adam_update(*tensors, *map(torch.tensor, numbers))
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """The whole of what this rank has a part of, for a sharded parameter; as bytes, since not all dtypes travel."""
@@ -1346,15 +1328,9 @@ class Optimizer:
         return whole
 
     def state_dict(self) -> dict:
-        """All state, whole and on the CPU, whatever the number of ranks; and the gradients that wait for Adam.
-
-        All ranks take part in it, and rank 0 alone has it.
-        """
+        """All state, and the gradients that wait for Adam, whole and on the CPU: all ranks take part, rank 0 has it."""
         keep = Tensor.cpu if self.rank == 0 else lambda whole: None
-        states = {
-            name: {key: keep(self.gather(name, part)) for key, part in state.items()}
-            for name, state in self.state.items()
-        }
+        states = {name: {key: keep(self.gather(name, x)) for key, x in own.items()} for name, own in self.state.items()}
         grads = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
         for grad in grads.values() if self.world_size > 1 else ():
             dist.all_reduce(grad, op=dist.ReduceOp.AVG)
@@ -1399,29 +1375,26 @@ def find_shards(pattern: str, preset: str) -> list[str]:
 def read_shard(path: str, config: ModelConfig) -> Shard:
     """Reads and checks a token shard; UserError names the file, what was expected and what was found."""
     try:
-        with open(path, "rb") as file:
-            header = np.fromfile(file, dtype="<i4", count=256)
-            tokens = np.fromfile(file, dtype="<u2")
-            size = os.fstat(file.fileno()).st_size
+        size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
+        tokens = np.fromfile(path, dtype="<u2")[512:]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    expected, problem = 1024 + 2 * int(header[2]) if len(header) == 256 else 1024, None
     if size < 1024:
         problem = f"truncated: {size} bytes, expected a header of 1,024 bytes"
     elif header[0] != 20240520:
         problem = f"not a token shard: its magic number is {header[0]}, expected 20240520"
     elif header[1] != 1:
         problem = f"shard version {header[1]}, expected 1"
-    elif size != expected:
+    elif size != (expected := 1024 + 2 * int(header[2])):
         what = "truncated" if size < expected else "too long"
         problem = f"{what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again"
     elif tokens.max(initial=0) >= config.vocab_size:
         problem = f"token {tokens.max()} is outside the vocabulary of {config.vocab_size}; is it another tokenizer's?"
-    elif not (tokens == config.bos_id).any():
+    elif not len(starts := np.flatnonzero(tokens == config.bos_id)):
         problem = f"no BOS (token {config.bos_id}); every document must start with BOS"
-    if problem:
-        raise UserError(f"{path}: {problem}")
-    return Shard(tokens, np.append(np.flatnonzero(tokens == config.bos_id), len(tokens)))
+    else:
+        return Shard(tokens, np.append(starts, len(tokens)))
+    raise UserError(f"{path}: {problem}")
 
 
 class Batch(NamedTuple):
@@ -1434,52 +1407,42 @@ class Batch(NamedTuple):
 
 
 def cut_shard(settings: Settings, path: str, lengths: np.ndarray, first: int) -> Iterator[Batch]:
-    """The batches of the steps from `first` on, as far as a shard's documents suffice, of which these are the lengths.
-
-    Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
-    """
-    document = limit = 0
+    """The batches of the steps from `first` on, as far as a shard's documents suffice, which have these lengths."""
+    # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
+    limits, bounds = {stage.max_seq_len for stage in settings.all_stages}, [0]
+    starts = {limit: np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf])) for limit in limits}
     for step in range(first, settings.total_steps):
         stage, _ = settings.begun(step)[-1]
-        if limit != stage.max_seq_len:
-            limit = stage.max_seq_len
-            ends = np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf]))  # tokens before each document
-        length, bounds = stage.batch_tokens // settings.slices, [document]
+        before = starts[stage.max_seq_len]  # tokens before each document
+        length, bounds = stage.batch_tokens // settings.slices, bounds[-1:]
         for _ in range(settings.slices):
-            bounds.append(int(np.searchsorted(ends, ends[bounds[-1]] + length + 1)))
-        document = bounds[-1]
-        if document > len(lengths):
-            return
-        yield Batch(path, bounds, length, limit)
+            bounds.append(int(np.searchsorted(before, before[bounds[-1]] + length + 1)))
+        if bounds[-1] > len(lengths):
+            return  # the next shard begins this batch again
+        yield Batch(path, bounds, length, stage.max_seq_len)
 
 
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
-    """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at.
-
-    When the documents of a shard run out, the incomplete batch is dropped and begun again in the next shard.
-    """
-    plan, sizes, lengths, total, epoch = [], {}, {}, settings.total_steps, 0
+    """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at."""
+    plan, sizes, lengths, total, ends = [], {}, {}, settings.total_steps, [0]
     while len(plan) < total:
-        before, epoch = len(plan), epoch + 1
         for path in itertools.takewhile(lambda _: len(plan) < total, paths):
             if path not in lengths:
                 tokens, bounds = read_shard(path, settings.model)
                 sizes[path], lengths[path] = len(tokens), np.diff(bounds)
             plan.extend(cut_shard(settings, path, lengths[path], len(plan)))
-        if len(plan) == before:
+        if len(plan) == ends[-1]:
             stage, _ = settings.begun(len(plan))[-1]
-            raise UserError(
-                f"{settings.train_files}: no shard has documents for one batch of {stage.batch_tokens:,} tokens "
-                f"(cut to {stage.max_seq_len:,}); the largest of {len(paths)} has {max(sizes.values()):,} tokens"
-            )
-        if epoch == settings.epochs:
-            allowed = len(plan)  # steps that the data suffice for
-    if epoch > settings.epochs:
-        have, need = (sum(batch.length * settings.slices for batch in part) for part in (plan[:allowed], plan))
-        raise UserError(
-            f"{settings.train_files}: too few training tokens: {have:,} in {len(paths)} shards and {settings.epochs} "
-            f"epochs after cutting documents, but the run needs {need:,}; add shards, or use --epochs {epoch}"
-        )
+            what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
+            largest = f"the largest of {len(paths)} has {max(sizes.values()):,} tokens"
+            raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
+        ends.append(len(plan))  # steps that so many epochs suffice for
+    if (epochs := len(ends) - 1) > settings.epochs:
+        parts = plan[: ends[settings.epochs]], plan
+        have, need = (sum(batch.length * settings.slices for batch in part) for part in parts)
+        found = f"{have:,} in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
+        wanted = f"the run needs {need:,}; add shards, or use --epochs {epochs}"
+        raise UserError(f"{settings.train_files}: too few training tokens: {found}, but {wanted}")
     return plan, sizes
 
 
@@ -1492,11 +1455,10 @@ def slice_tokens(shard: Shard, batch: Batch, index: int) -> np.ndarray:
 
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
-    groups = [(path, list(batches)) for path, batches in itertools.groupby(plan, key=lambda batch: batch.path)]
-    shards = prefetch(read_shard(path, config) for path, _ in groups)
-    for (path, batches), shard in zip(groups, shards):
+    groups = itertools.groupby(plan, key=lambda batch: batch.path)
+    for shard, batches in prefetch((read_shard(path, config), list(batches)) for path, batches in groups):
         if batches[-1].bounds[-1] >= len(shard.bounds):
-            raise UserError(f"{path}: changed while the run was reading it")
+            raise UserError(f"{batches[-1].path}: changed while the run was reading it")
         for batch in batches:
             yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
 
@@ -1509,19 +1471,16 @@ def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
 
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the stream; tokens by shard."""
-    parts, sizes, need = [], {}, settings.val_tokens + 1  # the last target is the stream's next token
+    stream, sizes, need = np.empty(0, np.uint16), {}, settings.val_tokens + 1  # the last target is the next token
     for path in find_shards(settings.val_files, settings.preset):
-        parts.append(read_shard(path, settings.model).tokens)
-        sizes[path] = len(parts[-1])
-        if sum(sizes.values()) >= need:
-            break
-    else:
-        raise UserError(
-            f"{settings.val_files}: too few validation tokens: {sum(sizes.values()):,}, but --val-tokens "
-            f"{settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
-        )
-    stream = torch.from_numpy(np.concatenate(parts)[:need].astype(np.int32))
-    return stream.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
+        if len(stream) < need:
+            tokens = read_shard(path, settings.model).tokens
+            stream, sizes[path] = np.append(stream, tokens), len(tokens)
+    if len(stream) < need:
+        wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
+        raise UserError(f"{settings.val_files}: too few validation tokens: {len(stream):,}, but {wanted}")
+    sequences = torch.from_numpy(stream[:need].astype(np.int32))
+    return sequences.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
 
 
 def prefetch(items):

@@ -207,8 +207,8 @@ def test_bfloat16_weights_with_their_lost_bits_move_like_float32_ones_bit_for_bi
     start = exact.clone()
     for step in range(1000):
         grad = torch.randn(2, *shape, generator=generator).bfloat16()
-        normuon_update(exact, None, grad, *states[0], *numbers)
-        normuon_update(top, low, grad, *states[1], *numbers)
+        normuon_update(exact, grad, *numbers, *states[0])
+        normuon_update(top, grad, *numbers, *states[1], low)
         if step % 100 == 99:
             assert (bits(top) == bits(exact) >> 16).all()
             assert (low.numpy() == bits(exact) & 0xFFFF).all()
@@ -267,7 +267,7 @@ def test_normuon_equals_a_float64_computation_over_several_steps(shape):
         grad[:, 0] = 0  # an output that got no gradient: u is 0, and its weights decay
         grad[:, 1] *= 100  # one that gets most of it, which variance reduction levels
         numbers = map(torch.tensor, (lr, wd, mu, 0.9))
-        normuon_update(p, None, torch.from_numpy(grad).float(), *state, torch.tensor(factors)[:, None, None], *numbers)
+        normuon_update(p, torch.from_numpy(grad).float(), torch.tensor(factors)[:, None, None], *numbers, *state)
         for reference, g in zip(references, grad.astype(np.float32).astype(np.float64), strict=True):
             reference.step(g, lr, wd, mu, 0.9)
     for reference, mine, begin in zip(references, float64(p), start, strict=True):

@@ -19,7 +19,6 @@ Importing this file has no side effects.
 
 import argparse
 import collections
-import contextlib
 import difflib
 import functools
 import gc
@@ -1541,13 +1540,6 @@ def find_world() -> World:
     return World(rank, size, device)
 
 
-def join_processes(world: World) -> None:
-    """Meets the other processes."""
-    if world.size > 1:
-        cuda = world.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
-
-
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
     if settings.dtype != "auto":
@@ -1572,12 +1564,6 @@ def possible_slices(settings: Settings, world_size: int) -> list[int]:
     return [n for n in range(world_size, common + 1, world_size) if common % n == 0]
 
 
-def out_of_memory(settings: Settings, world_size: int) -> str:
-    """What to try when memory did not suffice: the next possible number of slices, at least twice as many."""
-    more = [n for n in possible_slices(settings, world_size) if n >= 2 * settings.slices]
-    return f"out of memory with {settings.slices} slices; try {f'--slices {more[0]}' if more else 'a smaller model'}"
-
-
 def check_divisions(settings: Settings, world_size: int) -> None:
     """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
@@ -1589,10 +1575,8 @@ def check_divisions(settings: Settings, world_size: int) -> None:
         processes = {n: possible_slices(settings, n) for n in range(1, 2 * world_size)}
         fits = fits or [n for n in processes if slices in processes[n]] or [n for n in processes if processes[n]]
         nearest = " or ".join(map(str, sorted(fits, key=lambda n: abs(n - near))[:2]))
-        raise UserError(
-            f"batches of {batches} tokens, {slices} slices and {world_size} processes do not divide; "
-            f"nearest that work: {what} {nearest}"
-        )
+        numbers = f"batches of {batches} tokens, {slices} slices and {world_size} processes"
+        raise UserError(f"{numbers} do not divide; nearest that work: {what} {nearest}")
     pairs = config.paired_heads or config.head_pairs or config.mudd
     sharing = f"is not divisible by {world_size} processes, which share the optimizer"
     near = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
@@ -1668,30 +1652,20 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 def output_of(*command: str) -> str:
     """What a program prints, started where this file lies; `none` if there is no such program, or it fails."""
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "none"
-    return run.stdout.strip()
 
 
 def hardware_name(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""  # Linux has it
+    models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def from_dict(saved: dict) -> Settings:
-    """The inverse of `dataclasses.asdict`."""
-    model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
-    stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
-    return Settings(**{**saved, "model": model, **stages})
-
-
-def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> bytes:
+def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> str:
     """Source, environment, settings and data, so that the log alone says what was run."""
     rule, source = "=" * 100, Path(__file__).read_bytes()
     lines = [
@@ -1709,7 +1683,7 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
     lines += [f"world size: {world.size}", f"git: {output_of(*git).replace('-', ' ')}"]
     lines += [f"settings: {json.dumps(asdict(settings))}"]
     lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
-    return source + b"\n" * (not source.endswith(b"\n")) + "\n".join((*lines, rule, "")).encode()
+    return "\n".join((source.decode().removesuffix("\n"), *lines, rule))
 
 
 class Log:
@@ -1744,7 +1718,9 @@ class Log:
             self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
         self.say(f"log: {self.path}")
 
-    def write(self, content: bytes) -> None:
+    def write(self, text: str) -> None:
+        """Into the log only."""
+        content = text.encode() + b"\n"
         try:
             while content:  # a disk that fills up takes a part, and then none
                 content = content[self.file.write(content) :]
@@ -1759,7 +1735,7 @@ class Log:
     def line(self, text: str) -> None:
         """Into the log and onto the screen."""
         if self.file:
-            self.write(text.encode() + b"\n")
+            self.write(text)
             self.say(text)
 
     def loss(self, step: int, kind: str, loss: float, milliseconds: float, status: str = "") -> None:
@@ -1773,9 +1749,9 @@ class Log:
         text = f"step:{step}/{self.total} {kind}:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
         if self.wandb:
             self.wandb.log({kind: loss, "train_time": milliseconds / 1000, "step_avg": average}, step=step)
+        self.write(text)
         if kind == "val_loss" or not self.terminal:
-            return self.line(text)
-        self.write(text.encode() + b"\n")
+            return self.say(text)
         if self.bar is None:
             layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
             self.bar = tqdm(total=self.total, initial=step - 1, bar_format=layout, dynamic_ncols=True)
@@ -1809,7 +1785,6 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
         return
     state = {
         "settings": asdict(settings),
-        "dtype": model.embed.dtype,
         "step": step,
         "train_time_ms": milliseconds,
         "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
@@ -1837,7 +1812,10 @@ def load_checkpoint(path: str) -> dict:
             if archive.testzip() is not None:  # PyTorch does not look at the checksums
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {**state, "settings": from_dict(state["settings"])}
+        saved = state["settings"]  # as `asdict` makes it
+        model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
+        stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
+        return {**state, "settings": Settings(**{**saved, "model": model, **stages})}
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception:
@@ -1848,7 +1826,7 @@ def find_checkpoint(settings: Settings, dtype: torch.dtype) -> dict:
     """The checkpoint that a run is to go on from; UserError if it is another model's."""
     state = load_checkpoint(settings.resume)
     saved = state["settings"]
-    theirs = {**vars(saved.model), "muon": saved.muon, "dtype": state["dtype"]}
+    theirs = {**vars(saved.model), "muon": saved.muon, "dtype": state["model"]["embed"].dtype}
     for name, ours in {**vars(settings.model), "muon": settings.muon, "dtype": dtype}.items():
         if theirs[name] != ours:
             raise UserError(f"{settings.resume}: another model: its {name} is {theirs[name]}, this run's is {ours}")
@@ -1857,21 +1835,8 @@ def find_checkpoint(settings: Settings, dtype: torch.dtype) -> dict:
     return state
 
 
-def restore(state: dict, model: GPT, optimizer) -> tuple[int, float]:
-    """Puts model and optimizer as a checkpoint has them; returns its step and training time."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(resize(state["model"][name], len(p)))
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"], state["train_time_ms"]
-
-
 def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
-    """The sum of the ranks' parts of a batch's loss, and of their wishes to stop, on the way to the CPU: nobody waits.
-
-    The wish travels with the loss so that all ranks stop after the same step.
-    """
+    """A batch's loss and the wishes to stop, summed over ranks, which so stop together; on the way to the CPU."""
     pair = torch.stack((part, torch.full_like(part, stop)))
     if world.size > 1:
         dist.all_reduce(pair)
@@ -1913,8 +1878,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         return (tokens % settings.model.vocab_size).expand(rows, -1)
 
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
-    quiet = world.rank > 0 or not sys.stdout.isatty()
-    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=quiet):
+    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
@@ -1927,10 +1891,9 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, dummy(world.size, settings.val_seq_len), context, world)
 
-    with torch.no_grad():
-        for tensor, value in zip(tensors, before):
-            tensor.copy_(value)
-            tensor.grad = None
+    for tensor, value in zip(tensors, before):
+        tensor.data.copy_(value)
+        tensor.grad = None
     optimizer.updates, optimizer.tied, optimizer.touched = counters
 
 
@@ -1944,42 +1907,46 @@ def compiles() -> bool:
 
 
 def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
-    """Model, what computes its training objective, and optimizer, the same on all ranks."""
-    dtype = choose_dtype(settings, world.device)
+    """Meets the other ranks; model, what computes its training objective, and optimizer, the same on all of them."""
+    cuda, dtype = world.device.type == "cuda", choose_dtype(settings, world.device)
     torch.manual_seed(settings.seed)
     model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
-    for tensor in (*model.parameters(), *model.buffers()) if world.size > 1 else ():
-        dist.broadcast(tensor.data, src=0)
+    if world.size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, src=0)
     # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
-    objective = torch.compile(model, dynamic=False, fullgraph=True) if world.device.type == "cuda" else model
+    objective = torch.compile(model, dynamic=False, fullgraph=True) if cuda else model
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
 def train(settings: Settings, world: World) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
-    device, dtype = world.device, choose_dtype(settings, world.device)
-    checkpoint = find_checkpoint(settings, dtype) if settings.resume else None
+    checkpoint = find_checkpoint(settings, choose_dtype(settings, world.device)) if settings.resume else None
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
-    join_processes(world)
+    model, objective, optimizer = build(settings, world)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
             log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
-        model, objective, optimizer = build(settings, world)
-        log.say(f"warm-up: compiling for {dtype} on {device.type}")
+        log.say(f"warm-up: compiling for {model.embed.dtype} on {world.device.type}")
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
         gc.collect()
         gc.freeze()  # a collection over all that exists by now would stall a step
-        first, clock = 0, Clock(device)
+        first, clock = 0, Clock(world.device)
         if checkpoint:
-            first, clock.total = restore(checkpoint, model, optimizer)
+            for name, p in model.named_parameters():
+                p.data.copy_(resize(checkpoint["model"][name], len(p)))
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"])
+            first, clock.total = checkpoint["step"], checkpoint["train_time_ms"]
             log.line(f"resumed from {settings.resume} after step {first}")
         loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock)
-        log.line(peak_memory(device))
+        log.line(peak_memory(world.device))
     finally:
         gc.unfreeze()
         log.close()
@@ -2042,8 +2009,8 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
         if step == total:
             break
         if hyper.stage != stage:
-            stage, rotary = hyper.stage, rotary_state(settings, step)
-            context = make_context(config, plan[step].length, stage.windows, model.embed, rotary)
+            stage = hyper.stage
+            context = make_context(config, plan[step].length, stage.windows, model.embed, rotary_state(settings, step))
         tokens, rows = next(batches)
         optimizer.touched += rows
         tokens = tokens.to(world.device, non_blocking=True)
@@ -2051,7 +2018,6 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
         optimizer.step(hyper)
         pending.append((step + 1, batch_loss(loss, bool(signals), world), clock.mark()))
         stopping = report(delay)
-    batches.close()
 
 
 # ======================================================================================================================
@@ -2147,10 +2113,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
         for f in fields(holder):
             if "help" in f.metadata:
                 kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
-                shown = f" (default: {default})" if default not in (None, "") else ""
-                flag = {"nargs": "?", "const": True} if kind is bool else {}
-                how = {"metavar": kind.__name__.upper(), "default": default, **flag}
-                how["help"] = (f.metadata["help"] + shown).replace("%", "%%")
+                shown = " (default: %(default)s)" if default not in (None, "") else ""
+                how = {"nargs": "?", "const": True} if kind is bool else {}
+                how |= {"metavar": kind.__name__.upper(), "default": default, "help": f.metadata["help"] + shown}
                 group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -2180,7 +2145,9 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-            error = UserError(out_of_memory(settings, world.size))
+            more = [n for n in possible_slices(settings, world.size) if n >= 2 * settings.slices]
+            what = f"--slices {more[0]}" if more else "a smaller model"
+            error = UserError(f"out of memory with {settings.slices} slices; try {what}")
         if not isinstance(error, UserError):
             raise
         return complain(error)

@@ -108,7 +108,6 @@ def main() -> None:
     cuda = world.device.type == "cuda"
     train_gpt.check_divisions(settings, world.size)
     train_gpt.find_shards(settings.train_files, settings.preset)  # says at once if there are none
-    train_gpt.join_processes(world)
     runner = Runner(settings, world)
     next(runner.steps(0, 2))
     if cuda:

@@ -43,7 +43,7 @@ def load(path: str, device: str = "") -> Checkpoint:
     """The model of a checkpoint of train_gpt.py, on a GPU where there is one; UserError if it cannot be read."""
     state = train_gpt.load_checkpoint(path)
     settings = state["settings"]
-    model = train_gpt.GPT(settings.model, state["dtype"])
+    model = train_gpt.GPT(settings.model, state["model"]["embed"].dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(train_gpt.resize(state["model"][name], len(p)))

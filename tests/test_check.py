@@ -111,10 +111,11 @@ def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
 
 def test_token_that_reaches_another_document_is_caught(caught):
     same = "docs[:, size:, None] == docs"
+    docs = "(inputs == config.bos_id).cumsum(0)"
     cheats = {
         "a mask that lets neighbours mix": [(same, same.replace("==", "- 1 <="))],
         "one token back across the boundary": [("(inputs == config.bos_id) |", "(inputs == -1) |")],
-        "a count of all documents": [("x = x0 = norm(x)", "x = x0 = norm(x) + 0.01 * docs[:, None]")],
+        "a count of all documents": [("x = x0 = norm(x)", f"x = x0 = norm(x) + 0.01 * {docs}[:, None]")],
     }
     for cheat, findings in caught("documents", cheats):
         words = (

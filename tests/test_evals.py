@@ -33,7 +33,7 @@ def path(tmp_path_factory):
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
     path = tmp_path_factory.mktemp("evals") / "model.pt"
-    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": torch.float32}
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     torch.save({**state, "settings": asdict(settings), "step": 370}, path)
     return path
 

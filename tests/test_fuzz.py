@@ -88,7 +88,7 @@ def test_random_damage_to_checkpoints(tmp_path):
     torch.manual_seed(0)
     settings = dataclasses.replace(program.PRESETS["tiny"], model=CONFIG)
     model, path = program.GPT(CONFIG), tmp_path / "fuzz.pt"
-    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "dtype": torch.float32, "step": 5}
+    state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "step": 5}
     torch.save({**state, "settings": dataclasses.asdict(settings), "train_time_ms": 1.0}, path)
     content, rng, harmless = path.read_bytes(), random.Random(2), 0
     for _ in range(1000):

@@ -1167,10 +1167,8 @@ SMALL = tuple(name for name in PARAMETERS if name not in BANKS + TABLES)
 
 @torch.compile(dynamic=True, fullgraph=True)
 def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bias2) -> None:
-    """One step of Adam with cautious weight decay, in place, on flat tensors, so that one graph serves them all.
-
-    All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 wd, bias1 and bias2 are 1 - beta^t.
-    """
+    """One step of Adam with cautious weight decay, in place, on flat tensors, so that one graph serves them all."""
+    # All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 wd, bias1 and bias2 1 - beta^t.
     grad, value = grad.float(), p.float()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
@@ -1315,8 +1313,7 @@ class Optimizer:
             lr = settings.adam_lr * hyper.lr * row.lr
             bias = [1 - beta**self.updates for beta in row.betas]
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
-            tensors = (tensor.view(-1) for tensor in (part, grad, *state.values()))
-            adam_update(*tensors, *map(torch.tensor, numbers))
+            adam_update(*(x.view(-1) for x in (part, grad, *state.values())), *map(torch.tensor, numbers))
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """The whole of what this rank has a part of, for a sharded parameter; as bytes, since not all dtypes travel."""
@@ -1411,7 +1408,7 @@ def cut_shard(settings: Settings, path: str, lengths: np.ndarray, first: int) ->
     limits, bounds = {stage.max_seq_len for stage in settings.all_stages}, [0]
     starts = {limit: np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf])) for limit in limits}
     for step in range(first, settings.total_steps):
-        stage, _ = settings.begun(step)[-1]
+        stage = schedule(settings, step).stage
         before = starts[stage.max_seq_len]  # tokens before each document
         length, bounds = stage.batch_tokens // settings.slices, bounds[-1:]
         for _ in range(settings.slices):
@@ -1431,7 +1428,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
                 sizes[path], lengths[path] = len(tokens), np.diff(bounds)
             plan.extend(cut_shard(settings, path, lengths[path], len(plan)))
         if len(plan) == ends[-1]:
-            stage, _ = settings.begun(len(plan))[-1]
+            stage = schedule(settings, len(plan)).stage
             what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
             largest = f"the largest of {len(paths)} has {max(sizes.values()):,} tokens"
             raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
@@ -1532,12 +1529,11 @@ class World(NamedTuple):
 def find_world() -> World:
     """This process's place in what torchrun describes in the environment, and its device."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)
-        return World(rank, size, torch.device("cpu"))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return World(rank, size, device)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return World(rank, size, torch.device("cuda", torch.cuda.current_device()))
+    torch.use_deterministic_algorithms(True)
+    return World(rank, size, torch.device("cpu"))
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -1639,14 +1635,12 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    best = math.inf
+    clock, times = Clock(device), []
     for _ in range(6):
-        clock = Clock(device)
         clock.start()
         a @ b
-        clock.stop()
-        best = min(best, clock.total)
-    return 2 * size**3 / best * 1000
+        times.append(clock.at(clock.mark()))
+    return 2 * size**3 / min(times) * 1000
 
 
 def output_of(*command: str) -> str:
@@ -1668,15 +1662,10 @@ def hardware_name(world: World) -> str:
 def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> str:
     """Source, environment, settings and data, so that the log alone says what was run."""
     rule, source = "=" * 100, Path(__file__).read_bytes()
-    lines = [
-        rule,
-        f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
-        f"python: {platform.python_version()}",
-        f"pytorch: {torch.__version__}",
-        f"cuda: {torch.version.cuda or 'none'}",
-        f"triton: {triton.__version__ if triton else 'none'}",
-        f"hardware: {hardware_name(world)}",
-    ]
+    lines = [rule, f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}"]
+    lines += [f"python: {platform.python_version()}", f"pytorch: {torch.__version__}"]
+    lines += [f"cuda: {torch.version.cuda or 'none'}", f"triton: {triton.__version__ if triton else 'none'}"]
+    lines += [f"hardware: {hardware_name(world)}"]
     if world.device.type == "cuda":
         lines.append(output_of("nvidia-smi"))
     git = "git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split()
@@ -1687,10 +1676,7 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
 
 
 class Log:
-    """The run's record: `logs/<run id>.txt` on rank 0, written line by line; its lines also on the screen.
-
-    On a terminal a status line stands for the training lines. With --wandb the numbers go there, too.
-    """
+    """The run's record: `logs/<run id>.txt` on rank 0, written line by line; its lines also on the screen."""
 
     def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
         self.total, self.file, self.bar, self.wandb = settings.total_steps, None, None, None
@@ -1752,7 +1738,7 @@ class Log:
         self.write(text)
         if kind == "val_loss" or not self.terminal:
             return self.say(text)
-        if self.bar is None:
+        if self.bar is None:  # a terminal's status line, which stands for the training lines
             layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
             self.bar = tqdm(total=self.total, initial=step - 1, bar_format=layout, dynamic_ncols=True)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {status}", refresh=False)
@@ -1783,14 +1769,9 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
     optimizer_state = optimizer.state_dict()  # on all ranks, since each has a part
     if not log.file:
         return
-    state = {
-        "settings": asdict(settings),
-        "step": step,
-        "train_time_ms": milliseconds,
-        "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
-        "optimizer": optimizer_state,
-        "rng": torch.get_rng_state(),
-    }
+    state = {"settings": asdict(settings), "step": step, "train_time_ms": milliseconds, "rng": torch.get_rng_state()}
+    state["model"] = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    state["optimizer"] = optimizer_state
     path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
     unfinished = path.with_suffix(".tmp")
     try:
@@ -1855,14 +1836,11 @@ def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> f
 
 
 def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
-    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached.
-
-    A slice's loss is the sum over its tokens, and the slices of a rank are averaged, as are the ranks.
-    """
+    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached."""
     total = torch.zeros((), device=tokens.device)
     for row in tokens:
         loss = objective(row[:-1], row[1:].long(), context)
-        (loss / len(tokens)).backward()
+        (loss / len(tokens)).backward()  # a sum over a slice's tokens; a rank's slices are averaged, as are the ranks
         total += loss.detach()
     return total / (slices * (tokens.size(1) - 1))
 
@@ -1872,24 +1850,21 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
-
-    def dummy(rows: int, length: int) -> Tensor:
-        tokens = torch.arange(length + 1, dtype=torch.int32, device=world.device)
-        return (tokens % settings.model.vocab_size).expand(rows, -1)
-
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
+    longest = max(settings.val_seq_len, *(length for length, _ in shapes))
+    made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None] % settings.model.vocab_size
     for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
+        tokens = made_up[:, : length + 1]
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
-            tokens = dummy(1, length)
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
             optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
     for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
-        validate(model, dummy(world.size, settings.val_seq_len), context, world)
+        validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
 
     for tensor, value in zip(tensors, before):
         tensor.data.copy_(value)
@@ -1972,7 +1947,7 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
             step, pair, mark = pending.popleft()
             milliseconds = clock.at(mark)  # waits until the pair is there
             speed = tokens_at[step - 1] / milliseconds * 1000
-            share = speed * flops_per_token(config, settings.begun(step - 1)[-1][0]) / peak
+            share = speed * flops_per_token(config, schedule(settings, step - 1).stage) / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
             log.loss(step, "train_loss", pair[0].item(), milliseconds, status)
             stopping |= bool(pair[1])

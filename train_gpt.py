@@ -257,8 +257,7 @@ PRESETS = {
     ),
 }
 
-# How to get the shards that a preset trains on, for the message that they are missing.
-FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
+FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}  # gets a preset's shards
 
 
 class ParameterRow(NamedTuple):
@@ -345,8 +344,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
     # The stages still to come keep a step each, which a short extension would otherwise lose.
     ends = [max(i + 1, min(round(end), steps - (len(ends) - 1 - i))) for i, end in enumerate(ends)]
     stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, np.diff([0, *ends]))]
-    names = "momentum_warmup", "momentum_cooldown"
-    momentum = {name: max(round(getattr(settings, name) * factor), 1) for name in names}
+    momentum = {key: max(round(getattr(settings, key) * factor), 1) for key in ("momentum_warmup", "momentum_cooldown")}
     return replace(settings, steps=steps, stages=tuple(stages[:-1]), extension=stages[-1], **momentum)
 
 
@@ -405,8 +403,7 @@ def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Te
     out = a.new_empty(count, n, n)
     *block, stages, warps = SYMMETRIC_TILES
     grid = triton.cdiv(n, block[0]) * triton.cdiv(n, block[1]), count
-    numbers = (n, inner, *a.stride(), alpha, beta)
-    symmetric_kernel[grid](a, add, out, *numbers, *block, num_stages=stages, num_warps=warps)
+    symmetric_kernel[grid](a, add, out, n, inner, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
     return out
 
 
@@ -426,9 +423,8 @@ def mlp_kernel(
     ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
 ):  # fmt: skip
     """Blocks of out = relu(A B^T)^2, or with `post` of out = 2 (A B^T) sqrt(post), from and to tensor descriptors."""
-    # Persistent: as many programs as multiprocessors.
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):  # a program a multiprocessor
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, inner, INNER):
@@ -650,8 +646,7 @@ def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, 
     z = softcap(x @ lm_head, x.dtype)
     total = weights.sum() * z.logsumexp(-1).sum()
     for k in range(len(weights)):  # targets past the end are left out, though the normalizer keeps all the weights
-        rest = targets[k:]
-        total = total - weights[k] * z[: len(rest)].gather(-1, rest[:, None]).sum()
+        total = total - weights[k] * z.gather(-1, targets[k:, None]).sum()
     return total
 
 
@@ -732,8 +727,7 @@ def rotary_frequencies(head_dim: int) -> Tensor:
 def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
     """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window until then [31]."""
     frequencies, scale = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
-    long_windows = [stage.windows[1] for stage, _ in settings.begun(step)]
-    for old, new in itertools.pairwise(long_windows):
+    for old, new in itertools.pairwise(stage.windows[1] for stage, _ in settings.begun(step)):
         if settings.yarn and new > old:  # stretches what turns once in the old window, but not what turns 32 times
             rotations, ratio = old * frequencies / (2 * math.pi), old / new
             keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
@@ -804,8 +798,7 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     length = len(docs)
     blocks = math.ceil(length / BLOCK)
     block = torch.arange(blocks, dtype=torch.int32, device=docs.device)
-    first = docs[block * BLOCK]
-    last = docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
+    first, last = docs[::BLOCK], docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
     here = block[:, None]
     back = here - block  # how many blocks the keys lie behind the queries
     # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round. A block
@@ -949,9 +942,10 @@ MUDD_HIDDEN, MUDD_LAYER, MUDD_END = 64, 14, 5  # width; coefficients before the 
 
 
 @region
-def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """Coefficients (T, 1) that a small network makes of each token: 0.1 * (W2 gelu(W1 x) + b) (arXiv 2502.12170)."""
-    return (0.1 * (F.gelu(x @ w1.T) @ w2.T + bias)).T.contiguous()[:, :, None].unbind()
+def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor, place: int) -> tuple[Tensor, ...]:
+    """A token's 0.1 * (W2 gelu(W1 x) + b), (T, 1) each, before its layer or after the last (arXiv 2502.12170)."""
+    w2, bias = (each.split((MUDD_LAYER, MUDD_END))[place] for each in (w2, bias))
+    return (0.1 * (F.gelu(x @ w1[place].T) @ w2.T + bias)).T.contiguous()[:, :, None].unbind()
 
 
 @region
@@ -1081,7 +1075,8 @@ class GPT(nn.Module):
         if self.mudd_layers:
             first, second, third = (after[i] for i in config.mudd_sources)
             sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
-            x = weighted_sum((1.0, *self.coefficients(x, 1)), x, *sources)
+            factors = mudd_coefficients(x, self.mudd_w1, self.mudd_w2, self.mudd_bias.to(x.dtype), place=1)
+            x = weighted_sum((1.0, *factors), x, *sources)
         return norm(x)
 
     def masks(self, docs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
@@ -1122,14 +1117,9 @@ class GPT(nn.Module):
         factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
         return [Mix(*factors[6 * i : 6 * i + 6]) for i in range(len(start))]
 
-    def coefficients(self, x: Tensor, place: int) -> tuple[Tensor, ...]:
-        """MUDD's for each token: before the layer that has it (place 0), or after the last layer (place 1)."""
-        w2, bias = (p.split((MUDD_LAYER, MUDD_END))[place] for p in (self.mudd_w2, self.mudd_bias))
-        return mudd_coefficients(x, self.mudd_w1[place], w2, bias.to(w2.dtype))
-
     def mudd(self, x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None):
         """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
-        c = self.coefficients(x, 0)
+        c = mudd_coefficients(x, self.mudd_w1, self.mudd_w2, self.mudd_bias.to(x.dtype), place=0)
         to_v, to_x, (gate0, gate1) = c[:3], (c[3], c[4], 1 + c[5]), c[6:8]
         added = weighted_sum(to_v, start, earlier, x)
         if row is not None:

@@ -74,7 +74,7 @@ def setting(default, help: str, **limits):
 class Layer:
     """One row of the network's table: what a layer has besides its MLP. A layer is named by its row's number."""
 
-    attention: bool = True
+    attention: bool = True  # else only the MLP
     window: str = "short"  # which of the stage's two windows; a "long" one has the partial key offset [49]
     paired_heads: bool = False  # two heads interleaved into one [58]
     value_embeds: int | None = None  # the table of value embeddings that is mixed into v [14]
@@ -878,7 +878,7 @@ class Context(NamedTuple):
 
 
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
-    """A context of `length` tokens, for the next one only, on the device of `like`; `rotary` is a `rotary_state`."""
+    """A context of `length` tokens, for the next only, of `like`'s device and dtype; `rotary` is a `rotary_state`."""
     frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
     positions = torch.arange(2 * length, device=like.device, dtype=torch.float32)
     angles = positions[:, None, None] * frequencies.to(like.device)
@@ -1461,7 +1461,7 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     for path in find_shards(settings.val_files, settings.preset):
         if len(stream) < need:
             tokens = read_shard(path, settings.model).tokens
-            stream, sizes[path] = np.append(stream, tokens), len(tokens)
+            stream, sizes[path] = np.append(stream, tokens[:need]), len(tokens)
     if len(stream) < need:
         wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
         raise UserError(f"{settings.val_files}: too few validation tokens: {len(stream):,}, but {wanted}")
@@ -1920,6 +1920,7 @@ def train(settings: Settings, world: World) -> None:
 def loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock) -> None:
     """Steps and validations, from step `first` on. Nothing in a step waits for the device."""
     config, total, own = settings.model, settings.total_steps, settings.slices // world.size
+    flops = {stage: flops_per_token(config, stage) for stage in settings.all_stages}
     tokens_at = list(itertools.accumulate(batch.length * settings.slices for batch in plan))
     peak = measure_peak(world.device, model.embed.dtype) * world.size
     delay = 8 if clock.cuda else 0  # steps after which a loss is looked at: it has long arrived
@@ -1931,13 +1932,13 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
         on_signal(stop_at_once)  # a second one does not wait for the step to end
 
     def report(late: int) -> bool:
-        """Logs the losses of all steps but the last; true if a rank wished to stop."""
+        """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop."""
         stopping = False
         while len(pending) > late:
             step, pair, mark = pending.popleft()
             milliseconds = clock.at(mark)  # waits until the pair is there
             speed = tokens_at[step - 1] / milliseconds * 1000
-            share = speed * flops_per_token(config, schedule(settings, step - 1).stage) / peak
+            share = speed * flops[schedule(settings, step - 1).stage] / peak
             status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
             log.loss(step, "train_loss", pair[0].item(), milliseconds, status)
             stopping |= bool(pair[1])

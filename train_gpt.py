@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1200,58 +1200,57 @@ class Optimizer:
 
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.params = dict(model.named_parameters())
+        self.params, self.state, self.factors = dict(model.named_parameters()), {}, {}
+        self.muon = BANKS if settings.muon else ()  # the parameters that are NorMuon's
+        self.sharded = BANKS + TABLES if world_size > 1 else ()  # those of which each rank updates a part
         # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
         self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
-        self.muon = BANKS if settings.muon else ()  # the parameters that are NorMuon's
         self.updates, self.tied = 0, settings.stages[0].tied  # Adam's t: embed, once untied, takes over the head's
-        self.state: dict[str, dict[str, Tensor]] = {}
-        self.factors: dict[str, Tensor] = {}
         for name, p in self.params.items():
-            part = squares = self.share(name, p.data)
+            part = self.share(name, p.data)
+            zeros = torch.zeros_like(part, dtype=torch.float32)
+            state = self.state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             if name in self.muon:
                 count, rows, cols = p.shape
-                squares = part[:, :, :1] if rows >= cols else part[:, :1]
+                state["exp_avg_sq"] = zeros.mean(-1 if rows >= cols else -2, keepdim=True)
+                if part.dtype == torch.bfloat16:
+                    state["low"] = torch.zeros_like(part, dtype=torch.uint16)
                 # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
                 factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=part.device)
-                if name == "mlp_bank":
-                    factors[1::2] *= 2
+                factors[1::2] *= 2 if name == "mlp_bank" else 1
                 self.factors[name] = self.share(name, factors)
-            averages = {"exp_avg": part, "exp_avg_sq": squares}
-            self.state[name] = {key: torch.zeros_like(x, dtype=torch.float32) for key, x in averages.items()}
-            if name in self.muon and part.dtype == torch.bfloat16:
-                self.state[name]["low"] = torch.zeros_like(part, dtype=torch.uint16)
 
     def share(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of what has a parameter's first axis: of a small one, which no one shares, the whole."""
-        size = len(whole) // self.world_size
-        return whole if name in SMALL else whole[self.rank * size : (self.rank + 1) * size]
+        """This rank's part of what has a parameter's first axis: the whole, where ranks do not share it out."""
+        return whole.chunk(self.world_size)[self.rank] if name in self.sharded else whole
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """The inverse of `share`; as bytes, since not all dtypes travel."""
+        if name not in self.sharded:
+            return part
+        whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
+        all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
+        return whole
 
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
         head, embed, tied = self.params["lm_head"], self.params["embed"], hyper.adam and self.tied
-        # Banks before the large tables: every step has them, and most of the work waits for them.
-        order = (*SMALL, *BANKS, *TABLES)
-        active = [name for name in order if name in self.params and (hyper.adam or name in self.muon)]
+        steps = {name: self.step_of(name, hyper) for name in (self.params if hyper.adam else self.muon)}
         if tied:
             transposed(embed.grad, out=head.grad, add=True)
             embed.grad = None
-            active.remove("embed")
-        reduced = {name: self.start_reduction(name) for name in active}
+            del steps["embed"]
         self.updates += hyper.adam
-        gathers = []
-        for name in sorted(active, key=lambda name: name in BANKS):  # so that gathers travel while Muon computes
-            p, (works, part) = self.params[name], reduced[name]
-            for work in works:
-                work.wait()
-            self.update(name, part(), hyper)
-            p.grad = None
-            if self.world_size > 1 and name not in SMALL:
-                gathers.append(all_gather(p.data, self.share(name, p.data), async_op=True))
-        for work in gathers:
-            work.wait()
+        # Each goes on until it has something to wait for. Banks are reduced before the large tables, since every step
+        # has them, and most of the work waits for them; but updated last, so that gathers travel while Muon computes.
+        sent = {}
+        for order in (SMALL + BANKS + TABLES, SMALL + TABLES + BANKS, TABLES + BANKS):
+            for name in filter(steps.get, order):
+                if work := sent.get(name):
+                    work.wait()
+                sent[name] = next(steps[name], None)
         if tied:
             transposed(head.data, out=embed.data)
             self.tied = hyper.stage.tied
@@ -1259,23 +1258,26 @@ class Optimizer:
             for key, part in self.state["lm_head"].items():
                 self.state["embed"][key].copy_(self.share("embed", self.gather("lm_head", part).T))
 
-    def start_reduction(self, name: str) -> tuple[list[dist.Work], Callable[[], Tensor]]:
-        """Starts averaging a gradient over ranks; returns what to wait for, and what then gives this rank's part."""
-        grad = self.params[name].grad
-        if self.world_size == 1:
-            return [], lambda: grad
+    def step_of(self, name: str, hyper: Hyper) -> Iterator[dist.Work]:
+        """One parameter's step; yields what has to arrive before it goes on: the mean gradient, then the new values."""
+        p = self.params[name]
+        grad, part = p.grad, self.share(name, p.data)
         if name == "bigram_table" and self.sparse:
-            return self.exchange_rows(grad)
-        if name in SMALL:
-            return [dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)], lambda: grad
-        part = torch.empty_like(self.share(name, self.params[name].data))
-        return [reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)], lambda: part
+            grad = yield from self.exchange_rows(grad)
+        elif name in self.sharded:
+            grad = torch.empty_like(part)
+            yield reduce_scatter(grad, p.grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+        elif self.world_size > 1:
+            yield dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        self.update(name, grad, hyper)
+        p.grad = None
+        if name in self.sharded:
+            yield all_gather(p.data, part, async_op=True)
 
-    def exchange_rows(self, grad: Tensor) -> tuple[list[dist.Work], Callable[[], Tensor]]:
+    def exchange_rows(self, grad: Tensor) -> Generator[dist.Work, None, Tensor]:
         """The reduce-scatter of a gradient (rows, cols) that is zero in most rows: the rest go to their owners."""
         # Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
-        rows = torch.cat(self.touched).unique()
-        self.touched.clear()
+        rows, self.touched = torch.cat(self.touched).unique(), []
         size = len(grad) // self.world_size
         sends = torch.bincount(rows // size, minlength=self.world_size)
         receives = torch.empty_like(sends)
@@ -1283,17 +1285,15 @@ class Optimizer:
         splits = receives.tolist(), sends.tolist()
         rows = rows.to(grad.device, non_blocking=True)
         index, values = rows.new_empty(sum(splits[0])), grad.new_empty(sum(splits[0]), grad.size(1))
-        exchanged = (index, rows), (values, grad[rows])
-        works = [dist.all_to_all_single(got, given, *splits, async_op=True) for got, given in exchanged]
-
-        def sum_up() -> Tensor:
-            total = torch.zeros(size, grad.size(1), device=grad.device)
-            total.index_add_(0, index - self.rank * size, values.float())
-            return (total / self.world_size).to(grad.dtype)
-
-        return works, sum_up
+        first = dist.all_to_all_single(index, rows, *splits, async_op=True)
+        yield dist.all_to_all_single(values, grad[rows], *splits, async_op=True)
+        first.wait()
+        total = torch.zeros(size, grad.size(1), device=grad.device)
+        total.index_add_(0, index - self.rank * size, values.float())
+        return (total / self.world_size).to(grad.dtype)
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
+        """Updates this rank's part of a parameter, with its part of the gradient."""
         settings, state, part = self.settings, self.state[name], self.share(name, self.params[name].data)
         if name in self.muon:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
@@ -1304,14 +1304,6 @@ class Optimizer:
             bias = [1 - beta**self.updates for beta in row.betas]
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
             adam_update(*(x.view(-1) for x in (part, grad, *state.values())), *map(torch.tensor, numbers))
-
-    def gather(self, name: str, part: Tensor) -> Tensor:
-        """The whole of what this rank has a part of, for a sharded parameter; as bytes, since not all dtypes travel."""
-        if self.world_size == 1 or name in SMALL:
-            return part
-        whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
-        all_gather(whole.view(torch.uint8), part.contiguous().view(torch.uint8))
-        return whole
 
     def state_dict(self) -> dict:
         """All state, and the gradients that wait for Adam, whole and on the CPU: all ranks take part, rank 0 has it."""
@@ -1325,12 +1317,11 @@ class Optimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
-        for name, state in saved["states"].items():
-            for key, whole in state.items():
-                self.state[name][key].copy_(self.share(name, resize(whole, len(self.params[name]))))
-        for name, grad in saved["grads"].items():
-            p = self.params[name]
-            p.grad = resize(grad, len(p)).to(p.device)
+        for name, p in self.params.items():
+            for key, part in self.state[name].items():
+                part.copy_(self.share(name, resize(saved["states"][name][key], len(p))))
+            if name in saved["grads"]:
+                p.grad = resize(saved["grads"][name], len(p)).to(p.device)
         if self.sparse and "bigram_table" in saved["grads"]:
             self.touched.append(saved["grads"]["bigram_table"].any(1).nonzero().squeeze(1))
         self.updates, self.tied = saved["updates"], saved["tied"]

@@ -1336,21 +1336,15 @@ class Optimizer:
 # ======================================================================================================================
 
 
-class Shard(NamedTuple):
-    tokens: np.ndarray  # uint16
-    bounds: np.ndarray  # the position of every document's BOS, and the end
-
-
 def find_shards(pattern: str, preset: str) -> list[str]:
     """The files of a pattern, in name order."""
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
-    return paths
+    if paths := sorted(glob.glob(pattern)):
+        return paths
+    raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
 
 
-def read_shard(path: str, config: ModelConfig) -> Shard:
-    """Reads and checks a token shard; UserError names the file, what was expected and what was found."""
+def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's tokens (uint16), and the position of every document's BOS, and the end; UserError if it is damaged."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
         tokens = np.fromfile(path, dtype="<u2")[512:]
@@ -1358,10 +1352,8 @@ def read_shard(path: str, config: ModelConfig) -> Shard:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if size < 1024:
         problem = f"truncated: {size} bytes, expected a header of 1,024 bytes"
-    elif header[0] != 20240520:
-        problem = f"not a token shard: its magic number is {header[0]}, expected 20240520"
-    elif header[1] != 1:
-        problem = f"shard version {header[1]}, expected 1"
+    elif header[0] != 20240520 or header[1] != 1:
+        problem = f"no token shard: magic number {header[0]}, version {header[1]}; expected 20240520, version 1"
     elif size != (expected := 1024 + 2 * int(header[2])):
         what = "truncated" if size < expected else "too long"
         problem = f"{what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again"
@@ -1370,74 +1362,63 @@ def read_shard(path: str, config: ModelConfig) -> Shard:
     elif not len(starts := np.flatnonzero(tokens == config.bos_id)):
         problem = f"no BOS (token {config.bos_id}); every document must start with BOS"
     else:
-        return Shard(tokens, np.append(starts, len(tokens)))
+        return tokens, np.append(starts, len(tokens))
     raise UserError(f"{path}: {problem}")
 
 
 class Batch(NamedTuple):
-    """Where one step's tokens come from: slice s has the documents of one shard from bounds[s] up to bounds[s + 1]."""
+    """Where one step's tokens come from: slice s has a shard's documents from documents[s] up to documents[s + 1]."""
 
     path: str
-    bounds: list[int]
+    documents: list[int]
     length: int  # inputs of a slice; it has one token more
     max_seq_len: int
 
 
-def cut_shard(settings: Settings, path: str, lengths: np.ndarray, first: int) -> Iterator[Batch]:
-    """The batches of the steps from `first` on, as far as a shard's documents suffice, which have these lengths."""
-    # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
-    limits, bounds = {stage.max_seq_len for stage in settings.all_stages}, [0]
-    starts = {limit: np.concatenate(([0], np.minimum(lengths, limit).cumsum(), [np.inf])) for limit in limits}
-    for step in range(first, settings.total_steps):
-        stage = schedule(settings, step).stage
-        before = starts[stage.max_seq_len]  # tokens before each document
-        length, bounds = stage.batch_tokens // settings.slices, bounds[-1:]
-        for _ in range(settings.slices):
-            bounds.append(int(np.searchsorted(before, before[bounds[-1]] + length + 1)))
-        if bounds[-1] > len(lengths):
-            return  # the next shard begins this batch again
-        yield Batch(path, bounds, length, stage.max_seq_len)
-
-
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
     """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at."""
-    plan, sizes, lengths, total, ends = [], {}, {}, settings.total_steps, [0]
-    while len(plan) < total:
-        for path in itertools.takewhile(lambda _: len(plan) < total, paths):
-            if path not in lengths:
-                tokens, bounds = read_shard(path, settings.model)
-                sizes[path], lengths[path] = len(tokens), np.diff(bounds)
-            plan.extend(cut_shard(settings, path, lengths[path], len(plan)))
-        if len(plan) == ends[-1]:
-            stage = schedule(settings, len(plan)).stage
+    # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
+    plan, bounds, documents, ends = [], {}, [0], []  # ends: the steps planned when each shard, in turn, ran out
+    while len(plan) < settings.total_steps:
+        stage, path = schedule(settings, len(plan)).stage, paths[len(ends) % len(paths)]
+        if path not in bounds:
+            _, bounds[path] = read_shard(path, settings.model)
+        before = np.append(0, np.minimum(np.diff(bounds[path]), stage.max_seq_len)).cumsum()  # tokens before documents
+        length = stage.batch_tokens // settings.slices
+        while len(documents) <= settings.slices and documents[-1] < len(before):
+            documents.append(int(np.searchsorted(before, before[documents[-1]] + length + 1)))
+        if documents[-1] < len(before):
+            plan.append(Batch(path, documents, length, stage.max_seq_len))
+            documents = documents[-1:]
+        else:  # the next shard begins this batch again
+            ends.append(len(plan))
+            documents = [0]
+        if ends[-len(paths) - 1 :].count(len(plan)) > len(paths):  # each was tried from its start
             what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
-            largest = f"the largest of {len(paths)} has {max(sizes.values()):,} tokens"
+            largest = f"the largest of {len(paths)} has {max(each[-1] for each in bounds.values()):,} tokens"
             raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
-        ends.append(len(plan))  # steps that so many epochs suffice for
-    if (epochs := len(ends) - 1) > settings.epochs:
-        parts = plan[: ends[settings.epochs]], plan
+    if (epochs := len(ends) // len(paths) + 1) > settings.epochs:
+        parts = plan[: ends[settings.epochs * len(paths) - 1]], plan
         have, need = (sum(batch.length * settings.slices for batch in part) for part in parts)
         found = f"{have:,} in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
         wanted = f"the run needs {need:,}; add shards, or use --epochs {epochs}"
         raise UserError(f"{settings.train_files}: too few training tokens: {found}, but {wanted}")
-    return plan, sizes
-
-
-def slice_tokens(shard: Shard, batch: Batch, index: int) -> np.ndarray:
-    """The length + 1 tokens of a batch's slice."""
-    bounds = shard.bounds[batch.bounds[index] : batch.bounds[index + 1] + 1]
-    pieces = [shard.tokens[start:end][: batch.max_seq_len] for start, end in itertools.pairwise(bounds)]
-    return np.concatenate(pieces)[: batch.length + 1]
+    return plan, {path: int(each[-1]) for path, each in bounds.items()}
 
 
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
     groups = itertools.groupby(plan, key=lambda batch: batch.path)
-    for shard, batches in prefetch((read_shard(path, config), list(batches)) for path, batches in groups):
-        if batches[-1].bounds[-1] >= len(shard.bounds):
+    for (tokens, bounds), batches in prefetch((read_shard(path, config), list(batches)) for path, batches in groups):
+        if batches[-1].documents[-1] >= len(bounds):
             raise UserError(f"{batches[-1].path}: changed while the run was reading it")
         for batch in batches:
-            yield torch.from_numpy(np.stack([slice_tokens(shard, batch, s) for s in slices]).astype(np.int32))
+            rows = []
+            for s in slices:
+                edges = itertools.pairwise(bounds[batch.documents[s] : batch.documents[s + 1] + 1])
+                pieces = [tokens[start:end][: batch.max_seq_len] for start, end in edges]
+                rows.append(np.concatenate(pieces)[: batch.length + 1])
+            yield torch.from_numpy(np.stack(rows).astype(np.int32))
 
 
 def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
@@ -1451,7 +1432,7 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
     stream, sizes, need = np.empty(0, np.uint16), {}, settings.val_tokens + 1  # the last target is the next token
     for path in find_shards(settings.val_files, settings.preset):
         if len(stream) < need:
-            tokens = read_shard(path, settings.model).tokens
+            tokens, _ = read_shard(path, settings.model)
             stream, sizes[path] = np.append(stream, tokens[:need]), len(tokens)
     if len(stream) < need:
         wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"

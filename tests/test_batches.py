@@ -327,11 +327,11 @@ def test_what_the_data_tools_write_the_run_reads(tmp_path):
         for tokens in documents:
             writer.add(tokens)
     found = [read_shard(path, config) for path in find_shards(str(tmp_path / "x_train_*.bin"), "tiny")]
-    assert [len(shard.tokens) for shard in found] == [7001] * (len(stream) // 7001) + [len(stream) % 7001]
-    assert np.array_equal(np.concatenate([shard.tokens for shard in found]), stream)
-    for shard in found:
-        starts = [i for i, token in enumerate(shard.tokens) if token == 50256]
-        assert shard.bounds.tolist() == [*starts, len(shard.tokens)]
+    assert [len(tokens) for tokens, _ in found] == [7001] * (len(stream) // 7001) + [len(stream) % 7001]
+    assert np.array_equal(np.concatenate([tokens for tokens, _ in found]), stream)
+    for tokens, bounds in found:
+        starts = [i for i, token in enumerate(tokens) if token == 50256]
+        assert bounds.tolist() == [*starts, len(tokens)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

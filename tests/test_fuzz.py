@@ -40,15 +40,15 @@ def test_random_shards(tmp_path):
         content = random_shard(rng)
         path.write_bytes(content)
         try:
-            shard = program.read_shard(str(path), CONFIG)
+            tokens, bounds = program.read_shard(str(path), CONFIG)
         except program.UserError as error:
             assert_line(error, "fuzz_000001.bin")
             continue
         good += 1
-        assert struct.unpack("<3i", content[:12]) == (20240520, 1, len(shard.tokens))
-        assert content[1024:] == shard.tokens.tobytes() and shard.tokens.max() <= 256
-        starts = [i for i, token in enumerate(shard.tokens) if token == 256]
-        assert shard.bounds.tolist() == [*starts, len(shard.tokens)]
+        assert struct.unpack("<3i", content[:12]) == (20240520, 1, len(tokens))
+        assert content[1024:] == tokens.tobytes() and tokens.max() <= 256
+        starts = [i for i, token in enumerate(tokens) if token == 256]
+        assert bounds.tolist() == [*starts, len(tokens)]
     assert 300 < good < 2700
 
 

@@ -1184,10 +1184,8 @@ def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_s
     value = p if low is None else join_float32(p, low)
     step = lr * factors
     value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
-    top, bottom = (value, None) if low is None else split_float32(value)
-    p.copy_(top)
-    if low is not None:
-        low.copy_(bottom)
+    for stored, half in zip((p, low), (value,) if low is None else split_float32(value)):
+        stored.copy_(half)
 
 
 def resize(saved: Tensor, rows: int) -> Tensor:

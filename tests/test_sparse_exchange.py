@@ -22,7 +22,8 @@ rank, size = dist.get_rank(), dist.get_world_size()
 
 def reduced(optimizer, grad):
     # This rank's part of the mean, as it comes to the update.
-    optimizer.params["bigram_table"].grad, parts = grad.clone(), []
+    parts = []
+    optimizer.params["bigram_table"].grad = grad.clone()
     optimizer.update = lambda name, part, hyper: parts.append(part)
     for work in optimizer.step_of("bigram_table", None):
         work.wait()

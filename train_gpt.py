@@ -1342,7 +1342,7 @@ def find_shards(pattern: str, preset: str) -> list[str]:
 
 
 def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's tokens (uint16), and the position of every document's BOS, and the end; UserError if it is damaged."""
+    """A shard's tokens (uint16), and the positions of all documents' BOS and of the end; UserError if it is unfit."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
         tokens = np.fromfile(path, dtype="<u2")[512:]
@@ -1381,8 +1381,8 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
         stage, path = schedule(settings, len(plan)).stage, paths[len(ends) % len(paths)]
         if path not in bounds:
             _, bounds[path] = read_shard(path, settings.model)
-        before = np.append(0, np.minimum(np.diff(bounds[path]), stage.max_seq_len)).cumsum()  # tokens before documents
-        length = stage.batch_tokens // settings.slices
+        length, lengths = stage.batch_tokens // settings.slices, np.minimum(np.diff(bounds[path]), stage.max_seq_len)
+        before = np.append(0, lengths).cumsum()  # tokens before each document, and in all
         while len(documents) <= settings.slices and documents[-1] < len(before):
             documents.append(int(np.searchsorted(before, before[documents[-1]] + length + 1)))
         if documents[-1] < len(before):

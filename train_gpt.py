@@ -24,6 +24,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -46,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 try:
@@ -1451,31 +1453,8 @@ def prefetch(items):
 # ======================================================================================================================
 # 8. Training
 #
-# Processes, the clock, the log, checkpoints, a warm-up that leaves no trace, validation, and the loop.
+# A process and its device, the clock, one step, the warm-up that leaves no trace, the log, checkpoints, and the loop.
 # ======================================================================================================================
-
-
-def complain(error: UserError) -> int:
-    """The one line on stderr that says why a run ends, from rank 0; returns the exit status."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-    return error.status
-
-
-def stopped(signum: int) -> UserError:
-    """What a run ends with that was asked to stop by a signal."""
-    return UserError(f"stopped by {signal.Signals(signum).name}", status=128 + signum)
-
-
-def stop_at_once(signum: int, frame) -> None:
-    """Ends the process. An exception would not do: raised inside a compiler or a destructor, it may be swallowed."""
-    os._exit(complain(stopped(signum)))
-
-
-def on_signal(handler: Callable) -> None:
-    """What SIGINT and SIGTERM do from here on."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
 
 
 class World(NamedTuple):
@@ -1514,93 +1493,117 @@ def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
     return settings.fp8 and able and not any(size % 16 for size in sizes)
 
 
-def possible_slices(settings: Settings, world_size: int) -> list[int]:
-    """The numbers of slices that every batch can be cut into, and that can be shared out over the processes."""
-    common = math.gcd(*(stage.batch_tokens for stage in settings.all_stages))
-    return [n for n in range(world_size, common + 1, world_size) if common % n == 0]
+def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
+    """Meets the other ranks; model, what computes its training objective, and optimizer, the same on all of them."""
+    cuda, dtype = world.device.type == "cuda", choose_dtype(settings, world.device)
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
+    if world.size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, src=0)
+    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
+    objective = torch.compile(model, dynamic=False, fullgraph=True) if cuda else model
+    return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
-def check_divisions(settings: Settings, world_size: int) -> None:
-    """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
-    config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
-    dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-    fits = possible_slices(settings, world_size)
-    if slices not in fits:
-        batches = ", ".join(f"{batch:,}" for batch in sorted({stage.batch_tokens for stage in settings.all_stages}))
-        what, near = ("--slices", slices) if fits else ("a number of processes of", world_size)
-        processes = {n: possible_slices(settings, n) for n in range(1, 2 * world_size)}
-        fits = fits or [n for n in processes if slices in processes[n]] or [n for n in processes if processes[n]]
-        nearest = " or ".join(map(str, sorted(fits, key=lambda n: abs(n - near))[:2]))
-        numbers = f"batches of {batches} tokens, {slices} slices and {world_size} processes"
-        raise UserError(f"{numbers} do not divide; nearest that work: {what} {nearest}")
-    pairs = config.paired_heads or config.head_pairs or config.mudd
-    sharing = f"is not divisible by {world_size} processes, which share the optimizer"
-    near = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
-    rules = {
-        f"--dim {dim} {sharing}": dim % world_size,
-        f"the padded vocabulary {vocab} {sharing}": vocab % world_size,
-        # The gates read twelve channels.
-        f"--dim {dim} must be at least 12, and --heads {heads} times a multiple of 4": dim < 12 or dim % (4 * heads),
-        f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd": pairs and heads % 2,
-        f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}": config.bigram_dim > dim,
-        f"--val-tokens {tokens} is no multiple of --val-seq-len {length}; {near}": tokens % length,
-    }
-    for text, broken in rules.items():
-        if broken:
-            raise UserError(text)
+def compiles() -> bool:
+    """Whether torch.compile works here: a graph of one addition tells."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(16))
+        return True
+    except Exception:
+        return False
 
 
-class Clock:
-    """Training time in milliseconds, between `start` and `stop`: on a GPU, from and to points in its work."""
+def mark(device: torch.device):
+    """A point in the device's work, for `elapsed`: the clock of a run is the time between two of them."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device):
-        self.cuda, self.total = device.type == "cuda", 0.0
 
-    def mark(self):
-        """A point in the device's work, to be read by `at`."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def at(self, mark) -> float:
-        """The time at a mark; waits until the device has come to it."""
-        if not self.cuda:
-            return self.total + 1000 * (mark - self.begin)
-        mark.synchronize()
-        return self.total + self.begin.elapsed_time(mark)
-
-    def start(self) -> None:
-        self.begin = self.mark()
-
-    def stop(self) -> None:
-        self.total = self.at(self.mark())
+def elapsed(begin, end) -> float:
+    """Milliseconds from one mark to another; waits until the device has come to the second."""
+    if isinstance(end, float):
+        return 1000 * (end - begin)
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def flops_per_token(config: ModelConfig, stage: Stage) -> int:
     """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
     windows = [stage.windows[row.window == "long"] for row in config.rows if row.attention]
-    return 6 * sum(active_matrices(config).values()) + 12 * config.dim * sum(windows)
-
-
-def active_matrices(config: ModelConfig) -> dict[str, int]:
-    """The parameters that every token is multiplied with, by part of the model."""
-    head, mlp = config.dim * config.padded_vocab, 8 * config.dim**2 * len(config.layers)
-    return {"head": head, "MLP": mlp, "attention": 4 * config.dim**2 * len(config.layers_with("attention"))}
+    matrices = config.dim * (config.padded_vocab + 8 * config.dim * len(config.rows) + 4 * config.dim * len(windows))
+    return 6 * matrices + 12 * config.dim * sum(windows)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The arithmetic that the device really does, in FLOP/s: the best of a few large matrix products."""
+    """The arithmetic that the device really does, in FLOP/s: the best of some large matrix products."""
     size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
-    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    clock, times = Clock(device), []
-    for _ in range(6):
-        clock.start()
-        a @ b
-        times.append(clock.at(clock.mark()))
-    return 2 * size**3 / min(times) * 1000
+    # As good as random, of which a GPU's speed depends, and leaves the run's own random state as it is.
+    a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange().times)
+
+
+def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
+    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached."""
+    total = torch.zeros((), device=tokens.device)
+    for row in tokens:
+        loss = objective(row[:-1], row[1:].long(), context)
+        (loss / len(tokens)).backward()  # a sum over a slice's tokens; a rank's slices are averaged, as are the ranks
+        total += loss.detach()
+    return total / (slices * (tokens.size(1) - 1))
+
+
+def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
+    """A batch's loss and the wishes to stop, summed over ranks, which so stop together; on the way to the CPU."""
+    pair = torch.stack((part, torch.full_like(part, stop)))
+    if world.size > 1:
+        dist.all_reduce(pair)
+    return pair.to("cpu", non_blocking=True)
+
+
+def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
+    """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared out over ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for sequence in sequences[world.rank :: world.size]:
+        tokens = sequence.to(world.device)
+        total += model.evaluate(tokens[:-1], tokens[1:].long(), context).sum(dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
+
+
+def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
+    """Runs every graph that training will need, on tokens made up, then puts model and optimizer back as they were."""
+    tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
+    before = [(tensor.detach().to("cpu", copy=True), tensor.grad) for tensor in tensors]
+    counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
+    model.zero_grad()
+    shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
+    longest = max(settings.val_seq_len, *(length for length, _ in shapes))
+    made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None] % settings.model.vocab_size
+    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
+        context = make_context(settings.model, length, windows, model.embed)
+        context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
+        tokens = made_up[:, : length + 1]
+        for adam in (False, True, True):  # the second one has embed's own update, where it was untied
+            if optimizer.sparse:
+                optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
+            train_step(objective, tokens, context, settings.slices)
+            optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
+    for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
+        context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
+        validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
+
+    for tensor, (value, grad) in zip(tensors, before):
+        tensor.data.copy_(value)
+        tensor.grad = grad
+    optimizer.updates, optimizer.tied, optimizer.touched = counters
 
 
 def output_of(*command: str) -> str:
@@ -1636,80 +1639,49 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
 
 
 class Log:
-    """The run's record: `logs/<run id>.txt` on rank 0, written line by line; its lines also on the screen."""
+    """The run's record `logs/<run id>.txt`, its lines on the screen, and --wandb's mirror; only rank 0 has them."""
 
     def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
-        self.total, self.file, self.bar, self.wandb = settings.total_steps, None, None, None
         name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
-        self.path = Path("logs") / f"{name}.txt"
+        self.path, self.total = Path("logs") / f"{name}.txt", settings.total_steps
+        self.file = self.wandb = None
+        self.terminal = world.rank == 0 and sys.stdout.isatty()
         if world.rank > 0:
             return
-        self.terminal = sys.stdout.isatty()
         header = log_header(settings, world, files)
         try:
             self.path.parent.mkdir(exist_ok=True)
-            self.file = open(self.path, "xb", buffering=0)
+            self.file = open(self.path, "x", encoding="utf-8")
+            print(header, file=self.file, flush=True)
         except OSError as error:
+            if self.file:
+                self.path.unlink()  # a log is whole, or not there
             raise UserError(f"{self.path}: cannot be written: {error.strerror}; choose another --run-id") from None
-        try:
-            self.write(header)
-        except UserError:
-            self.path.unlink()
-            raise
         if settings.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs the package wandb: pip install wandb") from None
+            wandb = importlib.import_module("wandb")
             self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
-        self.say(f"log: {self.path}")
+        self.line(f"log: {self.path}", file=False)
 
-    def write(self, text: str) -> None:
-        """Into the log only."""
-        content = text.encode() + b"\n"
+    def line(self, text: str, file: bool = True, screen: bool = True) -> None:
+        """Writes a line into the file and onto the screen, above the status line."""
         try:
-            while content:  # a disk that fills up takes a part, and then none
-                content = content[self.file.write(content) :]
+            if self.file and file:
+                print(text, file=self.file, flush=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-
-    def say(self, text: str) -> None:
-        """Onto the screen only."""
-        if self.file:
+        if self.file and screen:
             tqdm.write(text) if self.terminal else print(text, flush=True)
 
-    def line(self, text: str) -> None:
-        """Into the log and onto the screen."""
-        if self.file:
-            self.write(text)
-            self.say(text)
-
-    def loss(self, step: int, kind: str, loss: float, milliseconds: float, status: str = "") -> None:
+    def loss(self, step: int, kind: str, loss: float, milliseconds: float) -> None:
         """A step's train_loss or val_loss, and the training time up to there; UserError if it is not finite."""
         if not math.isfinite(loss):
             self.line(f"loss is not finite: step {step}")
             raise UserError(f"the loss of step {step} is {loss}; the run was stopped", status=3)
-        if not self.file:
-            return
         average = milliseconds / max(step, 1)
-        text = f"step:{step}/{self.total} {kind}:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
         if self.wandb:
             self.wandb.log({kind: loss, "train_time": milliseconds / 1000, "step_avg": average}, step=step)
-        self.write(text)
-        if kind == "val_loss" or not self.terminal:
-            return self.say(text)
-        if self.bar is None:  # a terminal's status line, which stands for the training lines
-            layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
-            self.bar = tqdm(total=self.total, initial=step - 1, bar_format=layout, dynamic_ncols=True)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {status}", refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        for part in (self.bar, self.file):
-            if part is not None:
-                part.close()
-        if self.wandb:
-            self.wandb.finish()
+        text = f"step:{step}/{self.total} {kind}:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        self.line(text, screen=kind == "val_loss" or not self.terminal)  # a terminal has the status line instead
 
 
 def peak_memory(device: torch.device) -> str:
@@ -1726,12 +1698,11 @@ def peak_memory(device: torch.device) -> str:
 
 def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer) -> None:
     """Writes `logs/<run id>_step000010.pt`, whole or not at all; a disk that is full does not end the run."""
-    optimizer_state = optimizer.state_dict()  # on all ranks, since each has a part
+    state = {"optimizer": optimizer.state_dict()}  # on all ranks, since each has a part
     if not log.file:
         return
-    state = {"settings": asdict(settings), "step": step, "train_time_ms": milliseconds, "rng": torch.get_rng_state()}
+    state |= {"settings": asdict(settings), "step": step, "train_time_ms": milliseconds, "rng": torch.get_rng_state()}
     state["model"] = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    state["optimizer"] = optimizer_state
     path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
     unfinished = path.with_suffix(".tmp")
     try:
@@ -1749,181 +1720,122 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
 def load_checkpoint(path: str) -> dict:
     """What `save_checkpoint` has saved, on the CPU, with `settings` a `Settings`; UserError if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # PyTorch does not look at the checksums
-                raise zipfile.BadZipFile
+        if zipfile.ZipFile(path).testzip() is not None:  # PyTorch does not look at the checksums
+            raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["settings"]  # as `asdict` makes it
         model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
         stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
         return {**state, "settings": Settings(**{**saved, "model": model, **stages})}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception:
-        raise UserError(f"{path}: damaged, or no checkpoint of this train_gpt.py; use another") from None
+    except Exception as error:
+        damaged = "damaged, or no checkpoint of this train_gpt.py; use another"
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or damaged}") from None
 
 
-def find_checkpoint(settings: Settings, dtype: torch.dtype) -> dict:
-    """The checkpoint that a run is to go on from; UserError if it is another model's."""
+def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, float]:
+    """Puts a checkpoint into model and optimizer; its step and its time, ms. UserError if it is another model's."""
     state = load_checkpoint(settings.resume)
-    saved = state["settings"]
+    step, saved = state["step"], state["settings"]
     theirs = {**vars(saved.model), "muon": saved.muon, "dtype": state["model"]["embed"].dtype}
-    for name, ours in {**vars(settings.model), "muon": settings.muon, "dtype": dtype}.items():
+    for name, ours in {**vars(settings.model), "muon": settings.muon, "dtype": model.embed.dtype}.items():
         if theirs[name] != ours:
             raise UserError(f"{settings.resume}: another model: its {name} is {theirs[name]}, this run's is {ours}")
-    if state["step"] > settings.total_steps:
-        raise UserError(f"{settings.resume}: step {state['step']} is past the end of {settings.total_steps} steps")
-    return state
+    if step > settings.total_steps:
+        raise UserError(f"{settings.resume}: step {step} is past the end of {settings.total_steps} steps")
+    for name, p in model.named_parameters():
+        p.data.copy_(resize(state["model"][name], len(p)))
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return step, state["train_time_ms"]
 
 
-def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
-    """A batch's loss and the wishes to stop, summed over ranks, which so stop together; on the way to the CPU."""
-    pair = torch.stack((part, torch.full_like(part, stop)))
-    if world.size > 1:
-        dist.all_reduce(pair)
-    return pair.to("cpu", non_blocking=True)
+def complain(error: UserError) -> int:
+    """The one line on stderr that says why a run ends, from rank 0; returns the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+    return error.status
 
 
-def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
-    """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared out over ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for sequence in sequences[world.rank :: world.size]:
-        tokens = sequence.to(world.device)
-        total += model.evaluate(tokens[:-1], tokens[1:].long(), context).sum(dtype=torch.float64)
-    if world.size > 1:
-        dist.all_reduce(total)
-    return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
+def catch_signals(caught: list[UserError] | None = None) -> None:
+    """SIGINT and SIGTERM end the process at once; where a list is given, the first is only put there."""
 
+    def stop(signum: int, frame) -> None:
+        error = UserError(f"stopped by {signal.Signals(signum).name}", status=128 + signum)
+        if caught == []:
+            caught.append(error)
+        else:  # an exception would not do: raised inside a compiler or a destructor, it may be swallowed
+            os._exit(complain(error))
 
-def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
-    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached."""
-    total = torch.zeros((), device=tokens.device)
-    for row in tokens:
-        loss = objective(row[:-1], row[1:].long(), context)
-        (loss / len(tokens)).backward()  # a sum over a slice's tokens; a rank's slices are averaged, as are the ranks
-        total += loss.detach()
-    return total / (slices * (tokens.size(1) - 1))
-
-
-def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
-    """Runs every graph that training will need, on tokens made up, then puts model and optimizer back as they were."""
-    tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
-    before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
-    shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
-    longest = max(settings.val_seq_len, *(length for length, _ in shapes))
-    made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None] % settings.model.vocab_size
-    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
-        context = make_context(settings.model, length, windows, model.embed)
-        context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
-        tokens = made_up[:, : length + 1]
-        for adam in (False, True, True):  # the second one has embed's own update, where it was untied
-            if optimizer.sparse:
-                optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
-            train_step(objective, tokens, context, settings.slices)
-            optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
-    for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
-        context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
-        validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
-
-    for tensor, value in zip(tensors, before):
-        tensor.data.copy_(value)
-        tensor.grad = None
-    optimizer.updates, optimizer.tied, optimizer.touched = counters
-
-
-def compiles() -> bool:
-    """Whether torch.compile works here: a graph of one addition tells."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(16))
-        return True
-    except Exception:
-        return False
-
-
-def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
-    """Meets the other ranks; model, what computes its training objective, and optimizer, the same on all of them."""
-    cuda, dtype = world.device.type == "cuda", choose_dtype(settings, world.device)
-    torch.manual_seed(settings.seed)
-    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
-    if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, src=0)
-    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
-    objective = torch.compile(model, dynamic=False, fullgraph=True) if cuda else model
-    return model, objective, Optimizer(model, settings, world.rank, world.size)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
 
 
 def train(settings: Settings, world: World) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
-    checkpoint = find_checkpoint(settings, choose_dtype(settings, world.device)) if settings.resume else None
     plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
     sequences, val_sizes = validation_sequences(settings)
     model, objective, optimizer = build(settings, world)
+    first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
-            log.say("running uncompiled" + (": no working C++ compiler was found" if settings.compile else ""))
-        log.say(f"warm-up: compiling for {model.embed.dtype} on {world.device.type}")
+            why = ": no working C++ compiler was found" if settings.compile else ""
+            log.line(f"running uncompiled{why}", file=False)
+        log.line(f"warm-up: compiling for {model.embed.dtype} on {world.device.type}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
-        log.say(f"warm-up took {time.perf_counter() - begin:.0f} s")
+        log.line(f"warm-up took {time.perf_counter() - begin:.0f} s", file=False)
+        if settings.resume:
+            log.line(f"resumed from {settings.resume} after step {first}")
         gc.collect()
         gc.freeze()  # a collection over all that exists by now would stall a step
-        first, clock = 0, Clock(world.device)
-        if checkpoint:
-            for name, p in model.named_parameters():
-                p.data.copy_(resize(checkpoint["model"][name], len(p)))
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["rng"])
-            first, clock.total = checkpoint["step"], checkpoint["train_time_ms"]
-            log.line(f"resumed from {settings.resume} after step {first}")
-        loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock)
+        layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
+        how = {"bar_format": layout, "dynamic_ncols": True, "disable": not log.terminal}
+        with tqdm(total=settings.total_steps, initial=first, **how) as bar:
+            loop(settings, world, log, bar, model, objective, optimizer, plan, sequences, first, milliseconds)
         log.line(peak_memory(world.device))
     finally:
-        gc.unfreeze()
-        log.close()
+        if log.wandb:
+            log.wandb.finish()
 
 
-def loop(settings, world, log, model, objective, optimizer, plan, sequences, first, clock) -> None:
+def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences, first, milliseconds) -> None:
     """Steps and validations, from step `first` on. Nothing in a step waits for the device."""
-    config, total, own = settings.model, settings.total_steps, settings.slices // world.size
-    flops = {stage: flops_per_token(config, stage) for stage in settings.all_stages}
-    tokens_at = list(itertools.accumulate(batch.length * settings.slices for batch in plan))
-    peak = measure_peak(world.device, model.embed.dtype) * world.size
-    delay = 8 if clock.cuda else 0  # steps after which a loss is looked at: it has long arrived
+    config, stages, device = settings.model, settings.all_stages, world.device
+    total, own = settings.total_steps, settings.slices // world.size
+    delay = 8 if device.type == "cuda" else 0  # steps after which a loss is looked at: it has long arrived
     pending = collections.deque()  # step, loss and wishes to stop on their way, and when the step has ended
     stopping, signals = False, []
-
-    def remember(signum: int, frame) -> None:
-        signals.append(signum)
-        on_signal(stop_at_once)  # a second one does not wait for the step to end
+    work = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage)) for stage in stages]
+    work = np.repeat(work, [stage.steps for stage in stages], axis=0).cumsum(0)  # tokens and FLOP until after a step
+    peak = measure_peak(device, model.embed.dtype) * world.size
 
     def report(late: int) -> bool:
         """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop."""
         stopping = False
         while len(pending) > late:
-            step, pair, mark = pending.popleft()
-            milliseconds = clock.at(mark)  # waits until the pair is there
-            speed = tokens_at[step - 1] / milliseconds * 1000
-            share = speed * flops[schedule(settings, step - 1).stage] / peak
-            status = f"{speed:,.0f} tokens/s, {share:.0%} of the floor's speed"
-            log.loss(step, "train_loss", pair[0].item(), milliseconds, status)
-            stopping |= bool(pair[1])
+            step, pair, end = pending.popleft()
+            passed = milliseconds + elapsed(begin, end)  # waits until the pair is there
+            loss, wishes = pair.tolist()
+            log.loss(step, "train_loss", loss, passed)
+            tokens, flops = work[step - 1] / passed * 1000
+            status = f"loss {loss:.4f}, {tokens:,.0f} tokens/s, {flops / peak:.0%} of the floor's speed"
+            bar.set_postfix_str(status, refresh=False)
+            bar.update()
+            stopping |= wishes > 0
         return stopping
 
-    def prepared():
-        for tokens in training_batches(plan[first:], config, range(world.rank * own, (world.rank + 1) * own)):
-            rows = [touched_rows(tokens, config)] if optimizer.sparse else []
-            yield tokens.pin_memory() if clock.cuda else tokens, rows
+    def prepare(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        rows = [touched_rows(tokens, config)] if optimizer.sparse else []
+        return tokens.pin_memory() if device.type == "cuda" else tokens, rows
 
-    batches = prefetch(prepared())
-    mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=world.device)
+    slices = range(world.rank * own, (world.rank + 1) * own)
+    batches = prefetch(map(prepare, training_batches(plan[first:], config, slices)))
+    mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=device)
     context = stage = None
-    on_signal(remember)
-    clock.start()
+    catch_signals(signals)
+    begin = mark(device)
     for step in range(first, total + 1):
         hyper = schedule(settings, step)
         validates = step == total or (step % settings.val_every == 0 and (step > first or step == 0))
@@ -1931,17 +1843,17 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
         saves = saves or settings.checkpoint_last and (stopping or step == total)
         if validates or saves or stopping:
             report(late=0)
-            clock.stop()
+            milliseconds += elapsed(begin, mark(device))
             if validates and not stopping:
                 windows = final_windows(settings) if step == total else hyper.stage.windows
                 wide = make_context(config, settings.val_seq_len, windows, model.embed, rotary_state(settings, step))
-                log.loss(step, "val_loss", validate(model, sequences, wide, world), clock.total)
+                log.loss(step, "val_loss", validate(model, sequences, wide, world), milliseconds)
             if saves:
-                save_checkpoint(log, settings, step, clock.total, model, optimizer)
+                save_checkpoint(log, settings, step, milliseconds, model, optimizer)
             if stopping:
                 log.line(f"stopped by a signal after step {step}")
-                raise stopped(signals[0] if signals else signal.SIGTERM)
-            clock.start()
+                raise signals[0] if signals else UserError("stopped by SIGINT or SIGTERM on another rank", status=143)
+            begin = mark(device)
         if step == total:
             break
         if hyper.stage != stage:
@@ -1949,10 +1861,10 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
             context = make_context(config, plan[step].length, stage.windows, model.embed, rotary_state(settings, step))
         tokens, rows = next(batches)
         optimizer.touched += rows
-        tokens = tokens.to(world.device, non_blocking=True)
+        tokens = tokens.to(device, non_blocking=True)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
-        pending.append((step + 1, batch_loss(loss, bool(signals), world), clock.mark()))
+        pending.append((step + 1, batch_loss(loss, bool(signals), world), mark(device)))
         stopping = report(delay)
 
 
@@ -1963,37 +1875,31 @@ def loop(settings, world, log, model, objective, optimizer, plan, sequences, fir
 # ======================================================================================================================
 
 
-def print_plan(settings: Settings, world: World) -> None:
-    """What --dry-run prints: the run's parameters, tokens, arithmetic, memory, schedule and times."""
-    config, stages, dtype = settings.model, settings.all_stages, choose_dtype(settings, world.device)
-    with torch.device("meta"):
-        model = GPT(config, dtype)
-    print(f"preset {settings.preset}: {settings.total_steps:,} steps, {dtype}, on {hardware_name(world)}\n")
-
-    print("parameter            shape              count  start                       optimizer  lr x  wd x  betas")
-    for name, p in model.named_parameters():
-        row = PARAMETERS[name]
-        start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
-        muon = settings.muon and name in BANKS
-        how = f"{'NorMuon':9}{1:6}{1:6}" if muon else f"{'Adam':9}{row.lr:6}{row.wd:6}  {row.betas}"
-        print(f"{name:16}{' x '.join(map(str, p.shape)):>15}{p.numel():>14,}  {start:28}{how}")
-    print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
-    parts = active_matrices(config)
-    active = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in parts.items())
-    print(f"active matrix parameters: {sum(parts.values()) / 1e6:.1f}M ({active})\n")
-
-    print("stage      steps     batch  slices      max_seq_len    windows")
-    for name, stage in zip([*range(1, len(stages)), "extension"], stages):
-        cut, windows = f"{settings.slices} x {stage.batch_tokens // settings.slices:,}", "{}, {}".format(*stage.windows)
-        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}  {cut:10}{stage.max_seq_len:>13,}{windows:>11}")
-    tokens = [stage.steps * stage.batch_tokens for stage in stages]
-    flops = sum(count * flops_per_token(config, stage) for count, stage in zip(tokens, stages))
-    print(f"training tokens: {sum(tokens) / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
-    print(f"arithmetic: {flops / sum(tokens) / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
-    print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
-    peak = measure_peak(world.device, dtype) * world.size
-    floor = flops / peak
-    print(f"time: {floor:,.0f} s at the floor ({peak / 1e12:.3g} TFLOP/s measured), {floor / 0.45:,.0f} s at 45 %")
+def check_settings(settings: Settings, world_size: int) -> None:
+    """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
+    config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
+    dim, heads, vocab = config.dim, config.heads, config.padded_vocab
+    batches = sorted({stage.batch_tokens for stage in settings.all_stages})
+    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(*batches) % n == 0]
+    size = min(divisors, key=lambda n: abs(n - world_size))
+    near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
+    numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and {world_size} processes"
+    advice = f"with {size} processes the nearest that work are --slices {' or '.join(map(str, near))}"
+    whole = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
+    pairs = config.paired_heads or config.head_pairs or config.mudd
+    rules = {
+        f"batches of {numbers} do not divide; {advice}": slices not in divisors or slices % world_size,
+        f"{world_size} processes cannot share --dim {dim} and vocabulary {vocab}": math.gcd(dim, vocab) % world_size,
+        # The gates read twelve channels.
+        f"--dim {dim} must be at least 12, and --heads {heads} times a multiple of 4": dim < 12 or dim % (4 * heads),
+        f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd": pairs and heads % 2,
+        f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}": config.bigram_dim > dim,
+        f"--val-tokens {tokens} is no multiple of --val-seq-len {length}; {whole}": tokens % length,
+        "--wandb needs the package wandb: pip install wandb": settings.wandb and not importlib.util.find_spec("wandb"),
+    }
+    for text, broken in rules.items():
+        if broken:
+            raise UserError(text)
 
 
 def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
@@ -2009,6 +1915,41 @@ def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     return int(weights + state / world_size + max(training, validation))
 
 
+def print_plan(settings: Settings, world: World) -> None:
+    """What --dry-run prints: the run's parameters, tokens, arithmetic, memory, schedule and times."""
+    config, stages, dtype = settings.model, settings.all_stages, choose_dtype(settings, world.device)
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    steps = f"{settings.total_steps:,} steps of {settings.slices} slices"
+    print(f"preset {settings.preset}: {steps}, {dtype}, on {hardware_name(world)}\n")
+
+    columns = "{:16}{:>15}{:>14}  {:28}{:9}{:>6}{:>6}  {}"
+    print(columns.format("parameter", "shape", "count", "start", "optimizer", "lr x", "wd x", "betas"))
+    for name, p in model.named_parameters():
+        row, shape = PARAMETERS[name], " x ".join(map(str, p.shape))
+        start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
+        how = "Adam", row.lr, row.wd, row.betas
+        if settings.muon and name in BANKS:
+            how = "NorMuon", 1, 1, (settings.momentum, settings.muon_beta2)
+        print(columns.format(name, shape, f"{p.numel():,}", start, *map(str, how)))
+    print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
+    active = sum(p.numel() for name, p in model.named_parameters() if name in (*BANKS, "lm_head"))
+    print(f"active matrix parameters: {active / 1e6:.1f}M (lm_head and the banks)\n")
+
+    print("stage      steps     batch  max_seq_len     windows")
+    for name, stage in zip([*range(1, len(stages)), "extension"], stages):
+        windows = "{}, {}".format(*stage.windows)
+        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}{stage.max_seq_len:>13,}{windows:>12}")
+    tokens = [stage.steps * stage.batch_tokens for stage in stages]
+    flops = sum(count * flops_per_token(config, stage) for count, stage in zip(tokens, stages))
+    print(f"training tokens: {sum(tokens) / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
+    print(f"arithmetic: {flops / sum(tokens) / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
+    print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
+    peak = measure_peak(world.device, dtype) * world.size
+    floor = flops / peak
+    print(f"time: {floor:,.0f} s at the floor ({peak / 1e12:.3g} TFLOP/s measured), {floor / 0.45:,.0f} s at 45 %")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
@@ -2020,19 +1961,16 @@ def option(name: str) -> str:
 
 def convert(f: Field, kind: type, text: str):
     """An option's text as a value of the field; UserError if it cannot be one."""
-    given, limits = f"{option(f.name)} {text}", f.metadata
+    low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 - 1 if kind is int else math.inf)
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is str or low <= value <= high:
+            return value
     except (KeyError, ValueError):
-        wanted = {bool: "true or false", float: "a number"}.get(kind, "a whole number")
-        raise UserError(f"{given}: not {wanted}") from None
-    if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(text, limits["choices"], n=1, cutoff=0.0)[0]
-        raise UserError(f"{given}: no such value; the closest that exists is {near}")
-    low, high = limits.get("low", -math.inf), limits.get("high", 2**31 - 1 if kind is int else math.inf)
-    if kind is not str and not low <= value <= high:
-        raise UserError(f"{given}: must be at least {low} and at most {high}")
-    return value
+        pass
+    limits = f"at least {low} and at most {high}"
+    wanted = {bool: "true or false", int: f"a whole number, {limits}"}.get(kind, f"a number, {limits}")
+    raise UserError(f"{option(f.name)} {text}: must be {wanted}")
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
@@ -2050,7 +1988,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
             if "help" in f.metadata:
                 kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
                 shown = " (default: %(default)s)" if default not in (None, "") else ""
-                how = {"nargs": "?", "const": True} if kind is bool else {}
+                how = {"nargs": "?", "const": True} if kind is bool else {"choices": f.metadata.get("choices")}
                 how |= {"metavar": kind.__name__.upper(), "default": default, "help": f.metadata["help"] + shown}
                 group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
     parsed, unknown = parser.parse_known_args(arguments)
@@ -2067,11 +2005,11 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
 
 def main(arguments: list[str]) -> int:
     """Runs the command line. Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal."""
-    on_signal(stop_at_once)
+    catch_signals()
     try:
         settings, dry_run = parse_arguments(arguments)
         world = find_world()
-        check_divisions(settings, world.size)
+        check_settings(settings, world.size)
         if not dry_run:
             train(settings, world)
         elif world.rank == 0:
@@ -2081,9 +2019,8 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-            more = [n for n in possible_slices(settings, world.size) if n >= 2 * settings.slices]
-            what = f"--slices {more[0]}" if more else "a smaller model"
-            error = UserError(f"out of memory with {settings.slices} slices; try {what}")
+            slices = settings.slices
+            error = UserError(f"out of memory with {slices} slices; try --slices {2 * slices}, or a smaller model")
         if not isinstance(error, UserError):
             raise
         return complain(error)

@@ -93,12 +93,10 @@ def milliseconds(function: Callable, *inputs, count: int = 10) -> float:
     """The time of a call, on the device of the last input, after three that are not measured."""
     for _ in range(3):
         function(*inputs)
-    clock = train_gpt.Clock(inputs[-1].device)
-    clock.start()
+    begin = train_gpt.mark(inputs[-1].device)
     for _ in range(count):
         function(*inputs)
-    clock.stop()
-    return clock.total / count
+    return train_gpt.elapsed(begin, train_gpt.mark(inputs[-1].device)) / count
 
 
 def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows, dtype, trains: bool):

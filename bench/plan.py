@@ -45,7 +45,7 @@ def main() -> None:
     print("|---|---|---|" + "---|" * measure)
     for slices in SLICES:
         each = replace(settings, slices=slices)
-        train_gpt.check_divisions(each, 1)
+        train_gpt.check_settings(each, 1)
         needs[slices] = train_gpt.estimate_memory(each, model, 1) / 1e9
         row = f"| {slices} | {max(stage.batch_tokens for stage in each.all_stages) // slices:,} | {needs[slices]:.1f} |"
         if measure:

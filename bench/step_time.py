@@ -106,7 +106,7 @@ def main() -> None:
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
     cuda = world.device.type == "cuda"
-    train_gpt.check_divisions(settings, world.size)
+    train_gpt.check_settings(settings, world.size)
     train_gpt.find_shards(settings.train_files, settings.preset)  # says at once if there are none
     runner = Runner(settings, world)
     next(runner.steps(0, 2))
@@ -119,12 +119,10 @@ def main() -> None:
     for number, stage in enumerate(tqdm(settings.all_stages, "stages", disable=None if world.rank == 0 else True)):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        clock = train_gpt.Clock(world.device)
         for step, _ in enumerate(runner.steps(number, WARM + count), 1):
             if step == WARM:
-                clock.start()
-        clock.stop()
-        each = clock.total / count
+                begin = train_gpt.mark(world.device)
+        each = train_gpt.elapsed(begin, train_gpt.mark(world.device)) / count
         speed = stage.batch_tokens / each * 1000
         share = speed * train_gpt.flops_per_token(settings.model, stage) / peak
         memory = train_gpt.peak_memory(world.device).split("allocated: ")[1].split(" reserved")[0]

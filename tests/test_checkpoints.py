@@ -182,8 +182,8 @@ def test_damaged_checkpoint_is_refused_before_the_run_starts(whole, small, folde
         else:  # bits that nothing reads: fill between records
             assert_same_state(folder / "damaged.pt", checkpoint(whole, 4))
     (folder / "damaged.pt").write_bytes(checkpoint(whole, 4).read_bytes()[:-1])
-    assert_line(small("--resume", "damaged.pt", cwd=folder), "damaged.pt", "damaged")
-    assert_line(small("--resume", "none.pt", cwd=folder), "none.pt", "No such file")
+    assert_line(small(*RUN, "--resume", "damaged.pt", cwd=folder), "damaged.pt", "damaged")
+    assert_line(small(*RUN, "--resume", "none.pt", cwd=folder), "none.pt", "No such file")
     assert not (folder / "logs").exists()
 
 

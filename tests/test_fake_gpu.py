@@ -55,7 +55,6 @@ with fake_cuda.tensors():
     fp8 = train_gpt.choose_fp8(settings, world.device, dtype)
     model = fake_cuda.place(train_gpt.GPT(settings.model, dtype, fp8=fp8))
     optimizer = train_gpt.Optimizer(model, settings)
-    clock = train_gpt.Clock(world.device)
     tied = []
     for step in 0, 241:
         hyper, rotary = train_gpt.schedule(settings, step), train_gpt.rotary_state(settings, step)
@@ -65,7 +64,7 @@ with fake_cuda.tensors():
         tokens = tokens.to(world.device, non_blocking=True)
         loss = train_gpt.train_step(model, tokens, context, settings.slices)
         optimizer.step(hyper)
-        train_gpt.batch_loss(loss, False, world), clock.mark()
+        train_gpt.batch_loss(loss, False, world), train_gpt.mark(world.device)
         tied.append(optimizer.tied)
     print(model.fp8, loss.device, loss.dtype, tied)
     print(*to_cpu)

@@ -139,7 +139,7 @@ def test_random_command_lines():
         try:
             settings, _ = program.parse_arguments(arguments)
             for world_size in 1, 2:
-                program.check_divisions(settings, world_size)
+                program.check_settings(settings, world_size)
             [program.schedule(settings, step) for step in (0, settings.total_steps)]
             good += 1
         except program.UserError as error:

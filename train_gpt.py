@@ -1778,11 +1778,11 @@ def train(settings: Settings, world: World) -> None:
     first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
+        how = "compiling"
         if not settings.compile or not compiles():
             torch.compiler.set_stance("force_eager")
-            why = ": no working C++ compiler was found" if settings.compile else ""
-            log.line(f"running uncompiled{why}", file=False)
-        log.line(f"warm-up: compiling for {model.embed.dtype} on {world.device.type}", file=False)
+            how = "uncompiled, as no working C++ compiler was found," if settings.compile else "uncompiled"
+        log.line(f"warm-up: {how} for {model.embed.dtype} on {world.device.type}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.line(f"warm-up took {time.perf_counter() - begin:.0f} s", file=False)
@@ -1790,12 +1790,12 @@ def train(settings: Settings, world: World) -> None:
             log.line(f"resumed from {settings.resume} after step {first}")
         gc.collect()
         gc.freeze()  # a collection over all that exists by now would stall a step
-        layout = "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}"
-        how = {"bar_format": layout, "dynamic_ncols": True, "disable": not log.terminal}
-        with tqdm(total=settings.total_steps, initial=first, **how) as bar:
+        look = {"bar_format": "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}", "dynamic_ncols": True}
+        with tqdm(total=settings.total_steps, initial=first, disable=not log.terminal, **look) as bar:
             loop(settings, world, log, bar, model, objective, optimizer, plan, sequences, first, milliseconds)
         log.line(peak_memory(world.device))
     finally:
+        gc.unfreeze()  # what is left at the end would look like a leak to Triton's bindings
         if log.wandb:
             log.wandb.finish()
 
@@ -1812,8 +1812,8 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
     peak = measure_peak(device, model.embed.dtype) * world.size
 
     def report(late: int) -> bool:
-        """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop."""
-        stopping = False
+        """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop by then."""
+        wishes = 0
         while len(pending) > late:
             step, pair, end = pending.popleft()
             passed = milliseconds + elapsed(begin, end)  # waits until the pair is there
@@ -1823,8 +1823,7 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
             status = f"loss {loss:.4f}, {tokens:,.0f} tokens/s, {flops / peak:.0%} of the floor's speed"
             bar.set_postfix_str(status, refresh=False)
             bar.update()
-            stopping |= wishes > 0
-        return stopping
+        return wishes > 0
 
     def prepare(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         rows = [touched_rows(tokens, config)] if optimizer.sparse else []
@@ -1876,7 +1875,7 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
-    """UserError unless all that is shared out, over slices, processes, heads or sequences, comes out even."""
+    """UserError unless what is shared out over slices, processes, heads and sequences comes out even, and so on."""
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
@@ -1932,9 +1931,11 @@ def print_plan(settings: Settings, world: World) -> None:
         if settings.muon and name in BANKS:
             how = "NorMuon", 1, 1, (settings.momentum, settings.muon_beta2)
         print(columns.format(name, shape, f"{p.numel():,}", start, *map(str, how)))
-    print(f"{'total':31}{sum(p.numel() for p in model.parameters()):>14,}")
-    active = sum(p.numel() for name, p in model.named_parameters() if name in (*BANKS, "lm_head"))
-    print(f"active matrix parameters: {active / 1e6:.1f}M (lm_head and the banks)\n")
+    size = {name: p.numel() for name, p in model.named_parameters()}
+    active = {"head": size["lm_head"], "MLP": size["mlp_bank"], "attention": size["qk_bank"] + size["vo_bank"]}
+    parts = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in active.items())
+    print(f"{'total':31}{sum(size.values()):>14,}")
+    print(f"active matrix parameters: {sum(active.values()) / 1e6:.1f}M ({parts})\n")
 
     print("stage      steps     batch  max_seq_len     windows")
     for name, stage in zip([*range(1, len(stages)), "extension"], stages):
@@ -1968,9 +1969,9 @@ def convert(f: Field, kind: type, text: str):
             return value
     except (KeyError, ValueError):
         pass
-    limits = f"at least {low} and at most {high}"
-    wanted = {bool: "true or false", int: f"a whole number, {limits}"}.get(kind, f"a number, {limits}")
-    raise UserError(f"{option(f.name)} {text}: must be {wanted}")
+    wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+    limits = "".join(f", {words} {n}" for words, n in (("at least", low), ("at most", high)) if math.isfinite(n))
+    raise UserError(f"{option(f.name)} {text}: must be {wanted}{limits}")
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:

@@ -158,9 +158,9 @@ PARAMETERS = {
     "mudd_w1": ("2 x 64 x 768", "kaiming", "Adam", 0.25, 1, "(0.9, 0.99)"),
     "mudd_w2": ("19 x 64", "0", "Adam", 0.25, 1, "(0.9, 0.99)"),  # 14 and 5 coefficients
     "mudd_bias": ("19", "effective values / 0.1", "Adam", 0.25, 0, "(0.9, 0.99)"),
-    "qk_bank": ("60 x 256 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, None),
-    "vo_bank": ("20 x 768 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, None),
-    "mlp_bank": ("22 x 3072 x 768", "uniform 0.5/sqrt(D), out 0", "NorMuon", 1, 1, None),
+    "qk_bank": ("60 x 256 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, "(0.95, 0.9)"),
+    "vo_bank": ("20 x 768 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, "(0.95, 0.9)"),
+    "mlp_bank": ("22 x 3072 x 768", "uniform 0.5/sqrt(D), out 0", "NorMuon", 1, 1, "(0.95, 0.9)"),
 }
 
 

@@ -1879,7 +1879,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(*batches) % n == 0]
+    common = math.gcd(*batches)
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
     size = min(divisors, key=lambda n: abs(n - world_size))
     near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
     numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and {world_size} processes"

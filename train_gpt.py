@@ -561,7 +561,7 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 
 
 def region(function: Callable) -> Callable:
-    """Compiles a function of tensors of one length: on the CPU a copy of it for each length."""
+    """Compiles a function of tensors of one length, the first one's: on the CPU a copy of it for each length."""
 
     @functools.cache
     def compiled(length: int) -> Callable:
@@ -570,10 +570,9 @@ def region(function: Callable) -> Callable:
         return torch.compile(type(function)(code, globals(), argdefs=function.__defaults__), dynamic=False)
 
     @functools.wraps(function)
-    def call(*inputs, **options):
-        if torch.compiler.is_compiling():
-            return function(*inputs, **options)
-        return compiled(next(len(x) for x in inputs if isinstance(x, Tensor)))(*inputs, **options)
+    def call(x: Tensor, *inputs, **options):
+        chosen = function if torch.compiler.is_compiling() else compiled(len(x))
+        return chosen(x, *inputs, **options)
 
     return call
 
@@ -670,14 +669,6 @@ class MLP(torch.autograd.Function):
         return pre_grad @ w_in, pre_grad.T @ x, post.T @ grad, None, None
 
 
-@region
-def mlp_step(x: Tensor, weights: tuple[Tensor, ...], resid: Tensor, post: Tensor) -> Tensor:
-    """resid * x + post * relu(norm(x) W_in^T)^2 W_out: x (T, D), weights W_in and W_out (4D, D), and as for `MLP`."""
-    y = norm(x)
-    y = MLP.apply(y, *weights) if has_kernels(y) else F.relu(y @ weights[0].T).square() @ weights[1]
-    return resid * x + post * y
-
-
 def join_float32(top: Tensor, low: Tensor) -> Tensor:
     """The float32 whose upper half is the bfloat16 `top` and whose lower 16 bits are the uint16 `low` [57]."""
     return ((top.view(torch.int16).to(torch.int32) << 16) | low.to(torch.int32)).view(torch.float32)
@@ -739,15 +730,11 @@ def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (2j, 2j + 1) of the first half of the channels of x (T, H, d); the rest stays."""
+    cos, sin = cos[: len(x)], sin[: len(x)]
     turning, still = x.chunk(2, dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1).flatten(-2)
     return torch.cat((turned, still), dim=-1)
-
-
-def previous(x: Tensor) -> Tensor:
-    """Row t - 1 of x in row t; row 0 stays. What crosses into a document is for the caller to mask."""
-    return torch.cat((x[:1], x[:-1]))
 
 
 def document_starts(inputs: Tensor, config: ModelConfig) -> Tensor:
@@ -755,44 +742,9 @@ def document_starts(inputs: Tensor, config: ModelConfig) -> Tensor:
     return (inputs == config.bos_id) | (torch.arange(len(inputs), device=inputs.device) == 0)
 
 
-def pair_heads(x: Tensor) -> Tensor:
-    """(T, H, d) to (2T, H/2, d): heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58]."""
-    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
-
-
-def unpair_heads(x: Tensor) -> Tensor:
-    """The inverse of `pair_heads`."""
-    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
-
-
-@region
-def prepare_qk(qk: Tensor, begins: Tensor, cos: Tensor, sin: Tensor, offset: bool, paired: bool):
-    """q and k from the projections qk (T, 2H, d): QK norm, key offset, pairing, rotary."""
-    q, k = norm(qk).chunk(2, dim=1)
-    if offset:  # the channels of a key that do not turn are the token's before, except where a document begins [49]
-        turning, still = k.chunk(2, dim=-1)
-        k = torch.cat((turning, torch.where(begins[:, None, None], still, previous(still))), dim=-1)
-    if paired:
-        q, k = pair_heads(q), pair_heads(k)
-    return rotate(q, cos[: len(q)], sin[: len(q)]), rotate(k, cos[: len(k)], sin[: len(k)])
-
-
-@region
-def finish_heads(y: Tensor, v: Tensor, alpha: Tensor | None, a: Tensor, gate: Tensor | None) -> Tensor:
-    """What becomes of the heads' outputs y (T, H, d) before W_o: XSA of strengths alpha (H,), and the gate (H, 12)."""
-    if alpha is not None:  # takes tanh(alpha) of the part of y that is parallel to the token's own value v out [82]
-        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
-        y = y - alpha.tanh()[:, None] * along * v
-    if gate is not None:  # reads the first twelve channels of the attention's input a (T, D) [28]
-        y = y * torch.sigmoid(a[:, :12] @ gate.T)[:, :, None]
-    return y.flatten(1)
-
-
-@region
-def gated_values(a: Tensor, row: Tensor, gate: Tensor) -> Tensor:
-    """The value-embedding row (T, D), each head's part times its gate (H, 12), which reads a and the row [14, 63]."""
-    strength = 2 * torch.sigmoid(torch.cat((a[:, :6], row[:, :6]), dim=1) @ gate.T)  # (T, H)
-    return (strength[:, :, None] * row.unflatten(1, (len(gate), -1))).flatten(1)
+def previous(x: Tensor, begins: Tensor) -> Tensor:
+    """Row t - 1 of x (T, …) in row t; a row where a document `begins` stays."""
+    return torch.where(begins.view(-1, *[1] * (x.dim() - 1)), x, torch.cat((x[:1], x[:-1])))
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
@@ -832,41 +784,40 @@ def banded_mask(docs: Tensor, window: int) -> Tensor:
     return (same & (back >= 0) & (back <= window))[:, None]
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """Attention of q, k, v (T, H, d) under a `banded_mask`."""
-    length, size = len(q), mask.size(2)
-
-    def band(x: Tensor) -> Tensor:  # (chunks, H, 2C, d)
-        x = F.pad(x, (0, 0, 0, 0, size, -length % size)).unflatten(0, (-1, size))
-        return torch.cat((x[:-1], x[1:]), dim=1).transpose(1, 2)
-
-    queries = F.pad(q, (0, 0, 0, 0, 0, -length % size)).unflatten(0, (-1, size)).transpose(1, 2)
-    # Products and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
-    logits = (queries @ band(k).mT).float() * scale  # (chunks, H, C, 2C)
-    weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
-    return (weights @ band(v)).transpose(1, 2).flatten(0, 1)[:length]
-
-
-def make_mask(docs: Tensor, window: Tensor | int) -> BlockMask | Tensor:
-    """The mask for `attend`. On CUDA the window is a tensor, so that a new one is no new graph."""
-    return block_mask(docs, window) if docs.is_cuda else banded_mask(docs, window)
-
-
 @region
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Tensor) -> Tensor:
-    """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d)."""
-    if isinstance(mask, Tensor):
-        return banded_attention(q, k, v, mask, scale)
-    q, k, v = (x.transpose(0, 1)[None] for x in ((q.float() * scale).to(q.dtype), k, v))  # (1, H, T, d)
-    return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
+    """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d) and a mask of either kind."""
+    if isinstance(mask, BlockMask):
+        q, k, v = (x.transpose(0, 1)[None] for x in ((q.float() * scale).to(q.dtype), k, v))  # (1, H, T, d)
+        return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
+    length, size = len(q), mask.size(2)
+
+    def chunks(x: Tensor, before: int) -> Tensor:  # (chunks, C, H, d), filled up with zeros
+        return F.pad(x, (0, 0, 0, 0, before, -length % size)).unflatten(0, (-1, size))
+
+    def band(x: Tensor) -> Tensor:  # (chunks, H, 2C, d)
+        x = chunks(x, before=size)
+        return torch.cat((x[:-1], x[1:]), dim=1).transpose(1, 2)
+
+    # Products and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
+    logits = (chunks(q, before=0).transpose(1, 2) @ band(k).mT).float() * scale  # (chunks, H, C, 2C)
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
+    return (weights @ band(v)).transpose(1, 2).flatten(0, 1)[:length]
 
 
 # ======================================================================================================================
 # 5. Model
 #
 # One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), so that a
-# rank's share of the optimizer is a whole number of matrices. What changes during training comes in as `Context`.
+# rank's share of the optimizer is a whole number of matrices; the forward pass gets them back as a record a layer.
+# What changes during training comes in as `Context`.
 # ======================================================================================================================
+
+VAL_CHUNK = 4096  # rows of logits at a time in validation
+MUDD_HIDDEN = 64
+# MUDD's coefficients at first, before its layer and after the last one: gates of 2, a layer's factors as elsewhere, and
+# the "backout" [40].
+MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
 
 
 class Context(NamedTuple):
@@ -882,78 +833,104 @@ class Context(NamedTuple):
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
     """A context of `length` tokens, for the next only, of `like`'s device and dtype; `rotary` is a `rotary_state`."""
     frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
-    positions = torch.arange(2 * length, device=like.device, dtype=torch.float32)
-    angles = positions[:, None, None] * frequencies.to(like.device)
+    angles = torch.arange(2 * length, device=like.device)[:, None, None] * frequencies.to(like.device)
     cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-    if like.is_cuda:
+    if like.is_cuda:  # as tensors, so that another window is no other graph
         windows = tuple(torch.tensor(window, device=like.device) for window in windows)
     return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
 
 
-class Mix(NamedTuple):
-    """The factors (T, 1) with which a layer's parts enter the stream: the same for all tokens, or made by MUDD."""
-
-    resid: Tensor
-    post: Tensor
-    start: Tensor
-    bigram: Tensor
-    mlp_resid: Tensor
-    mlp_post: Tensor
-
-
-@region
-def smear(x: Tensor, begins: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
-    """x_t + strength * sigmoid(gate . x_t[:12]) * x_(t-1), except where a document begins [34]."""
-    take = strength * torch.sigmoid(x[:, :12] @ gate)[:, None]
-    return x + torch.where(begins[:, None], 0, take * previous(x))
+# A layer's part of the parameters, made by `GPT.layers`; None for what it does without.
+LayerWeights = collections.namedtuple("LayerWeights", "qk v out value_gate alpha gate mlp mix")
 
 
 def bigram_rows(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
     """The table row (T,) of each token and the one before, by a hash in 32 bits; the last row where `begins` [62]."""
     tokens = tokens.int()
-    return torch.where(begins, rows - 1, ((36313 * tokens) ^ (27191 * previous(tokens))) % (rows - 1))
+    return torch.where(begins, rows - 1, ((36313 * tokens) ^ (27191 * previous(tokens, begins))) % (rows - 1))
 
 
 @region
-def bigram_embedding(tokens: Tensor, begins: Tensor, table: Tensor, signs: Tensor) -> Tensor:
-    """The hashed embedding (T, channels) of each token and the one before, times a row of random signs [83]."""
-    sign_rows = torch.where(begins, 0, (previous(tokens) ^ tokens) % len(signs))
-    return F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
-
-
-def add_channels(x: Tensor, part: Tensor) -> Tensor:
-    """x (T, D) plus `part` (T, channels) on its first channels."""
-    return x + F.pad(part, (0, x.size(1) - part.size(1)))
-
-
-@region
-def take_up(x: Tensor, mix: Mix, attention: Tensor, start: Tensor, bigram: Tensor | None) -> Tensor:
-    """The stream after attention: itself, what attention made, the stream's start, and the bigram embedding."""
-    x = mix.resid * x + mix.post * attention + mix.start * start
-    return x if bigram is None else add_channels(x, mix.bigram * bigram)
+def begin_stream(x: Tensor, tokens: Tensor, begins: Tensor, gate, strength, table, signs, factor: Tensor):
+    """x0, the stream at its start and the bigram embedding (T, channels), from embeddings x (T, D) of the tokens."""
+    if gate is not None:  # smear: x_t takes up some of x_(t-1), except where a document begins [34]
+        take = strength.to(x.dtype) * torch.sigmoid(x[:, :12] @ gate)[:, None]
+        x = x + torch.where(begins[:, None], 0, take * previous(x, begins))
+    x = norm(x)
+    if table is None:
+        return x, x, None
+    sign_rows = (previous(tokens, begins) ^ tokens) % len(signs)  # [83]; row 0 where a document begins
+    bigram = F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
+    return x, x + F.pad(factor * bigram, (0, x.size(1) - bigram.size(1))), bigram
 
 
 @region
-def gated_skip(x: Tensor, skipped: Tensor, x0: Tensor, strength: Tensor, gate: Tensor) -> Tensor:
+def add_skip(x: Tensor, skipped: Tensor, x0: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
     """x plus an earlier stream, times sigmoid(strength) and a gate that reads the embedding [55]."""
-    return x + torch.sigmoid(strength) * 2 * torch.sigmoid(x0[:, :12] @ gate)[:, None] * skipped
-
-
-VAL_CHUNK = 4096  # rows of logits at a time in validation
-MUDD_HIDDEN, MUDD_LAYER, MUDD_END = 64, 14, 5  # width; coefficients before the layer, and after the last one
+    return x + torch.sigmoid(strength.to(x.dtype)) * 2 * torch.sigmoid(x0[:, :12] @ gate)[:, None] * skipped
 
 
 @region
+def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWeights, heads: int, offset, paired):
+    """What attention makes of the stream x (T, D): q, k and v for `attend`, and the gate (T, H, 1) of its output."""
+    a = norm(x)
+    if w.value_gate is not None:  # of the token's row of value embeddings, which is `added`; reads both [14, 63]
+        gate = 2 * torch.sigmoid(torch.cat((a[:, :6], added[:, :6]), dim=1) @ w.value_gate.T)  # (T, H)
+        added = (gate[:, :, None] * added.unflatten(1, (heads, -1))).flatten(1)
+    q, k = norm((a @ w.qk.T).unflatten(1, (2 * heads, -1))).chunk(2, dim=1)  # (T, H, d)
+    v = (a @ w.v.T if added is None else torch.addmm(added, a, w.v.T)).unflatten(1, (heads, -1))
+    if offset:  # the channels of a key that do not turn are the token's before, except where a document begins [49]
+        turning, still = k.chunk(2, dim=-1)
+        k = torch.cat((turning, previous(still, begins)), dim=-1)
+    if paired:  # heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58]
+        q, k, v = (each.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1) for each in (q, k, v))  # (2T, H/2, d)
+    gate = 1 if w.gate is None else torch.sigmoid(a[:, :12] @ w.gate.T)[:, :, None]  # of the heads' outputs [28]
+    return rotate(q, *rotary), rotate(k, *rotary), v, gate
+
+
+@region
+def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, start: Tensor, bigram, w: LayerWeights, paired: bool):
+    """The stream after attention: itself, what `attend` made of the heads, the stream's start, and the bigrams."""
+    if paired:
+        y, v = (each.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2) for each in (y, v))  # (T, H, d)
+    if w.alpha is not None:  # XSA takes tanh(alpha) of the part of y parallel to the token's own value v out [82]
+        along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
+        y = y - w.alpha.tanh()[:, None] * along * v
+    resid, post, from_start, from_bigram = w.mix[:4]
+    x = resid * x + post * ((gate * y).flatten(1) @ w.out.T) + from_start * start
+    return x if bigram is None else x + F.pad(from_bigram * bigram, (0, x.size(1) - bigram.size(1)))
+
+
+@region
+def add_mlp(x: Tensor, w: LayerWeights) -> Tensor:
+    """The stream x (T, D) after the MLP: itself, and relu(norm(x) W_in^T)^2 W_out."""
+    y, (resid, post) = norm(x), w.mix[4:]
+    y = MLP.apply(y, *w.mlp) if has_kernels(y) else F.relu(y @ w.mlp[0].T).square() @ w.mlp[1]
+    return resid * x + post * y
+
+
 def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor, place: int) -> tuple[Tensor, ...]:
     """A token's 0.1 * (W2 gelu(W1 x) + b), (T, 1) each, before its layer or after the last (arXiv 2502.12170)."""
-    w2, bias = (each.split((MUDD_LAYER, MUDD_END))[place] for each in (w2, bias))
+    w2, bias = (each.to(x.dtype).split([len(starts) for starts in MUDD_STARTS])[place] for each in (w2, bias))
     return (0.1 * (F.gelu(x @ w1[place].T) @ w2.T + bias)).T.contiguous()[:, :, None].unbind()
 
 
 @region
-def weighted_sum(factors: tuple[Tensor, ...], *terms: Tensor) -> Tensor:
-    """The sum of the terms (T, D), each times its factor."""
-    return sum(factor * term for factor, term in zip(factors, terms))
+def mudd_before(x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None, *weights: Tensor):
+    """Before a MUDD layer: the stream it works on, what is added to v (T, D), and its `mix` [81]."""
+    c = mudd_coefficients(x, *weights, place=0)
+    added = c[0] * start + c[1] * earlier + c[2] * x
+    if row is not None:
+        first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
+        added = added + torch.cat((c[6] * first, c[7] * second), dim=1)
+    return c[3] * start + c[4] * earlier + (1 + c[5]) * x, added, c[8:]
+
+
+@region
+def mudd_after(x: Tensor, sources: list[Tensor | None], *weights: Tensor) -> Tensor:
+    """The stream after the last layer, plus earlier ones, each times its coefficient [81]."""
+    terms = zip(mudd_coefficients(x, *weights, place=1), sources)
+    return sum((factor * source for factor, source in terms if source is not None), x)
 
 
 class GPT(nn.Module):
@@ -962,68 +939,63 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
         self.config, self.fp8 = config, fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
-        self.rows = rows = config.rows
-        self.attention_layers, self.value_layers = config.layers_with("attention"), config.layers_with("value_embeds")
-        self.xsa_layers, self.mudd_layers = config.layers_with("xsa"), config.layers_with("mudd")
-        dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-        layers, attending = len(rows), len(self.attention_layers)
-        self.named = {n for row in rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
-        self.gated_layers = [i for i in self.value_layers if i not in self.mudd_layers]  # MUDD makes its own gates
-
-        def add(name: str, *shape: int, value: Tensor | None = None) -> None:
+        self.rows, self.attending, self.xsa = config.rows, *map(config.layers_with, ("attention", "xsa"))
+        valued, skip, mudd = map(config.layers_with, ("value_embeds", "skip", "mudd"))
+        self.gated = [i for i in valued if i not in mudd]  # MUDD makes its own gates of value embeddings
+        self.named = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
+        dim, heads, vocab, layers = config.dim, config.heads, config.padded_vocab, len(self.rows)
+        attending, together = len(self.attending), 2 if config.head_pairs else heads
+        bounds = {"uniform": 3**0.5 * 0.5 * dim**-0.5, "kaiming": dim**-0.5}  # the latter with a = sqrt(5)
+        shapes = {  # none for what the model does without
+            "lm_head": (dim, vocab),
+            "embed": (vocab, dim),
+            # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
+            "qk_bank": (attending * 2 * heads // together, together * config.head_dim, dim),
+            "vo_bank": (attending * 2, dim, dim),  # per layer V, O
+            "mlp_bank": (layers * 2, 4 * dim, dim),  # per layer in, out (transposed)
+            "resid_lambdas": (layers, 2),  # after attention, after the MLP
+            "post_lambdas": (layers, 2),
+            "x0_lambdas": (layers,),
+            "qkv_lambdas": (attending,),
+            "out_lambdas": (attending,),
+            "smear_gate": config.smear and (12,),
+            "smear_lambda": config.smear and (1,),
+            "bigram_table": config.bigram and (config.bigram_rows * vocab, config.bigram_dim),
+            "bigram_lambdas": config.bigram and (layers,),
+            "value_embeds": valued and ((1 + max(self.rows[i].value_embeds for i in valued)) * vocab, dim),
+            "value_gates": self.gated and (len(self.gated), heads, 12),
+            "xsa_alphas": self.xsa and (len(self.xsa), heads),
+            "attention_gates": config.attention_gate and (attending, heads, 12),
+            "skip_gate": skip and (12,),
+            "skip_lambda": skip and (1,),
+            "mudd_w1": mudd and (2, MUDD_HIDDEN, dim),
+            "mudd_w2": mudd and (sum(map(len, MUDD_STARTS)), MUDD_HIDDEN),
+            "mudd_bias": mudd and (sum(map(len, MUDD_STARTS)),),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, None)
+            if not shape:
+                continue
             row = PARAMETERS[name]
-            start = str(row.start)
-            if start.startswith("uniform"):
-                value = torch.empty(shape).uniform_(-bound, bound)
-            elif start.startswith("normal "):
-                value = torch.randn(shape) * float(start.removeprefix("normal "))
-            elif value is None:
-                value = torch.full(shape, float(start))
+            how, *std = str(row.start).split()
+            if name == "embed":
+                value = self.lm_head.data.T.contiguous()
+            elif name == "mudd_bias":
+                value = torch.tensor(sum(MUDD_STARTS, ())) / 0.1
+            elif how == "normal":
+                value = torch.randn(shape) * float(*std)
+            elif how in bounds:
+                value = torch.empty(shape).uniform_(-bounds[how], bounds[how])
+            else:
+                value = torch.full(shape, float(how))
             if row.kind == "bank":
                 value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
             setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
-
-        bound = 3**0.5 * 0.5 * dim**-0.5
-        add("lm_head", dim, vocab)
-        add("embed", value=self.lm_head.data.T.contiguous())
-        # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
-        together = 2 if config.head_pairs else heads
-        add("qk_bank", attending * 2 * heads // together, together * config.head_dim, dim)
-        add("vo_bank", attending * 2, dim, dim)  # per layer V, O
-        add("mlp_bank", layers * 2, 4 * dim, dim)  # per layer in, out (transposed)
         self.mlp_bank.data[1::2] = 0
-        add("resid_lambdas", layers, 2)
-        add("post_lambdas", layers, 2)
-        add("x0_lambdas", layers)
-        add("qkv_lambdas", attending)
-        add("out_lambdas", attending)
-        if config.smear:
-            add("smear_gate", 12)
-            add("smear_lambda", 1)
-        if config.bigram:
-            add("bigram_table", config.bigram_rows * vocab, config.bigram_dim)
-            add("bigram_lambdas", layers)
-            # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
-            own = torch.Generator().manual_seed(83)
-            signs = torch.randint(2, (8192, config.bigram_dim), generator=own, device="cpu")
-            self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype))
-        if self.value_layers:
-            add("value_embeds", (1 + max(rows[i].value_embeds for i in self.value_layers)) * vocab, dim)
-        if self.gated_layers:
-            add("value_gates", len(self.gated_layers), heads, 12)
-        if self.xsa_layers:
-            add("xsa_alphas", len(self.xsa_layers), heads)
-        if config.attention_gate:
-            add("attention_gates", attending, heads, 12)
-        if config.layers_with("skip"):
-            add("skip_gate", 12)
-            add("skip_lambda", 1)
-        if self.mudd_layers:
-            add("mudd_w1", value=torch.empty(2, MUDD_HIDDEN, dim).uniform_(-(dim**-0.5), dim**-0.5))  # a = sqrt(5)
-            add("mudd_w2", MUDD_LAYER + MUDD_END, MUDD_HIDDEN)
-            # The coefficients at first: gates of 2, the factors of `Mix` as elsewhere, and the "backout" [40].
-            layer = [0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
-            add("mudd_bias", value=torch.tensor([*layer, 0, -0.5, 0, 0, 0]) / 0.1)
+        # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
+        own = torch.Generator().manual_seed(83)
+        signs = 2 * torch.randint(2, (8192, config.bigram_dim), generator=own, device="cpu") - 1
+        self.register_buffer("bigram_signs", signs.to(dtype) if config.bigram else None)
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
@@ -1038,107 +1010,79 @@ class GPT(nn.Module):
 
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
-        config = self.config
-        begins = document_starts(inputs, config)
-        masks = self.masks((inputs == config.bos_id).cumsum(0), context.windows)
-        weights, mlps, mixes = self.attention_weights(), self.mlp_weights(fp8), self.static_mixes(len(inputs))
-        value_gates = self.by_layer("value_gates", self.gated_layers)
+        config, begins, layers = self.config, document_starts(inputs, self.config), self.layers(len(inputs), fp8)
+        masks = self.masks(inputs, context.windows)
+        mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
 
         x = F.embedding(inputs, self.embed)
-        if config.smear:
-            x = smear(x, begins, self.smear_gate, self.smear_lambda.to(x.dtype))
-        x = x0 = norm(x)
-        bigram = None
-        if config.bigram:
-            bigram = bigram_embedding(inputs, begins, self.bigram_table, self.bigram_signs)
-            x = add_channels(x, mixes[0].bigram * bigram)
-        values = ()  # the row (T, D) of each token in each value-embedding table
-        if self.value_layers:
+        weights = self.smear_gate, self.smear_lambda, self.bigram_table, self.bigram_signs, layers[0].mix[3]
+        x0, start, bigram = begin_stream(x, inputs, begins, *weights)
+        x, values, after = start, {}, {}  # `after`: the stream after the layers that others name
+        if self.value_embeds is not None:  # the row (T, D) of each token in each table
             firsts = torch.arange(0, len(self.value_embeds), config.padded_vocab, device=inputs.device)
-            values = F.embedding(inputs + firsts[:, None], self.value_embeds).unbind()
-        start, after = x, {}  # the stream at the start, and after the layers that others name
+            values = dict(enumerate(F.embedding(inputs + firsts[:, None], self.value_embeds).unbind()))
 
-        for i, layer in enumerate(self.rows):
-            mix, origin, added = mixes[i], x0, None
-            row = None if layer.value_embeds is None else values[layer.value_embeds]
+        for i, (layer, w) in enumerate(zip(self.rows, layers)):
+            added, origin = values.get(layer.value_embeds), x0
             if layer.skip is not None:
-                x = gated_skip(x, after[layer.skip], x0, self.skip_lambda.to(x.dtype), self.skip_gate)
+                x = add_skip(x, after[layer.skip], x0, self.skip_gate, self.skip_lambda)
             if layer.mudd:
-                x, added, mix, origin = *self.mudd(x, start, after[config.mudd_sources[0]], row), start
+                x, added, mix = mudd_before(x, start, after[config.mudd_sources[0]], added, *mudd)
+                w, origin = w._replace(mix=mix), start
             if layer.attention:
-                a = norm(x if layer.single_input is None else after[layer.single_input])
-                if i in value_gates:
-                    added = gated_values(a, row, value_gates[i])
-                y = self.attention(layer, a, added, begins, weights[i], masks, context)
-                x = take_up(x, mix, y, origin, bigram if i > 0 else None)  # layer 0 has it from the start
-            x = mlp_step(x, mlps[i], mix.mlp_resid, mix.mlp_post)
+                paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
+                read = after.get(layer.single_input, x)
+                q, k, v, gate = project(read, added, begins, context[:2], w, config.heads, offset, paired)
+                y = attend(q, k, v, masks[paired, layer.window], context.scale)
+                # Layer 0 has the bigram embedding from the start.
+                x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired)
+            x = add_mlp(x, w)
             if i in self.named:
                 after[i] = x
-        if self.mudd_layers:
+        if self.mudd_w1 is not None:
             first, second, third = (after[i] for i in config.mudd_sources)
-            sources = (start, first, second, values[0] if values else torch.zeros_like(x), third)
-            factors = mudd_coefficients(x, self.mudd_w1, self.mudd_w2, self.mudd_bias.to(x.dtype), place=1)
-            x = weighted_sum((1.0, *factors), x, *sources)
+            x = mudd_after(x, [start, first, second, values.get(0), third], *mudd)
         return norm(x)
 
-    def masks(self, docs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
+    def masks(self, inputs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
         """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
+        docs, make = (inputs == self.config.bos_id).cumsum(0), block_mask if inputs.is_cuda else banded_mask
         docs, windows = {False: docs, True: docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
         kinds = dict.fromkeys((layer.paired_heads, layer.window) for layer in self.rows if layer.attention)
-        return {(paired, window): make_mask(docs[paired], windows[window]) for paired, window in kinds}
+        return {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
 
-    def by_layer(self, name: str, layers: Iterable[int]) -> dict[int, Tensor]:
-        """What each of these layers has of a small parameter, if the model has it, in the dtype of the stream."""
-        return dict(zip(layers, getattr(self, name).to(self.embed.dtype).unbind())) if hasattr(self, name) else {}
+    def layers(self, length: int, fp8: bool) -> list[LayerWeights]:
+        """What each layer has of the parameters: matrices times their scalars [47], all in the dtype of the stream."""
+        dtype, dim, count, attending = self.embed.dtype, self.config.dim, len(self.rows), len(self.attending)
 
-    def attention_weights(self) -> dict[int, tuple[Tensor | None, ...]]:
-        """W_qk (2D, D), W_v and W_o of each layer with attention, times their scalars [47]; XSA's alphas; the gate."""
-        layers, dim = self.attention_layers, self.config.dim
-        count = len(layers)
-        qkv, out = (p.to(self.vo_bank.dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
-        w_qk = self.qk_bank.view(-1, dim)[: count * 2 * dim].view(count, 2 * dim, dim)
-        w_v, w_o = self.vo_bank[: 2 * count].unflatten(0, (count, 2)).unbind(1)
+        def parts(tensor: Tensor | None, layers: Iterable[int]) -> list[Tensor | None]:
+            having = {} if tensor is None else dict(zip(layers, tensor.to(dtype).unbind()))
+            return [having.get(i) for i in range(count)]
+
         # Of all layers at once: a product a layer is some hundred kernels more, most of them in the backward pass.
-        matrices = zip((qkv * w_qk).unbind(), (qkv * w_v).unbind(), (out * w_o).unbind())
-        alphas, gates = self.by_layer("xsa_alphas", self.xsa_layers), self.by_layer("attention_gates", layers)
-        return {i: (*each, alphas.get(i), gates.get(i)) for i, each in zip(layers, matrices)}
-
-    def mlp_weights(self, fp8: bool) -> list[tuple[Tensor, ...]]:
-        """W_in and W_out (4D, D) of each layer; with `fp8` also W_in in 8 bits, and its scale [84]."""
-        both, count = self.mlp_bank.unbind(), 2 * len(self.rows)
-        eight = quantize_to_fit(self.mlp_bank[:count:2].detach()) if fp8 else ()
-        return list(zip(both[:count:2], both[1:count:2], *(each.unbind() for each in eight)))
-
-    def static_mixes(self, length: int) -> list[Mix]:
-        """The learned scalars of each layer, in the dtype of the stream."""
+        qkv, out = (p.to(dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
+        w_qk = self.qk_bank.view(-1, dim)[: attending * 2 * dim].view(attending, 2 * dim, dim)
+        w_v, w_o = self.vo_bank[: attending * 2].unflatten(0, (attending, 2)).unbind(1)
+        matrices = self.mlp_bank.unbind()
+        eight = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach()) if fp8 else ()
+        mlp = zip(matrices[::2], matrices[1::2], *(each.unbind() for each in eight))
         resid, post, start = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
-        bigram = self.bigram_lambdas if self.config.bigram else torch.zeros_like(start)
-        factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1]), 1).flatten()
+        bigram = torch.zeros_like(start) if self.bigram_lambdas is None else self.bigram_lambdas
+        factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1])).flatten()
         # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each. Contiguous
         # like MUDD's, so that the regions' graphs serve both.
-        factors = factors.to(self.embed.dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
-        return [Mix(*factors[6 * i : 6 * i + 6]) for i in range(len(start))]
-
-    def mudd(self, x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None):
-        """Before a MUDD layer: the stream it works on, what is added to v (T, D), and the layer's `Mix` [81]."""
-        c = mudd_coefficients(x, self.mudd_w1, self.mudd_w2, self.mudd_bias.to(x.dtype), place=0)
-        to_v, to_x, (gate0, gate1) = c[:3], (c[3], c[4], 1 + c[5]), c[6:8]
-        added = weighted_sum(to_v, start, earlier, x)
-        if row is not None:
-            first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
-            added = added + torch.cat((gate0 * first, gate1 * second), dim=1)
-        return weighted_sum(to_x, start, earlier, x), added, Mix(*c[8:])
-
-    def attention(self, layer: Layer, a: Tensor, added: Tensor | None, begins: Tensor, weights, masks, context):
-        """Attention of a layer on its input a (T, D), with `added` (T, D) to the values."""
-        config, (w_qk, w_v, w_o, alpha, gate) = self.config, weights
-        offset, paired = config.key_offset and layer.window == "long", layer.paired_heads
-        qk = (a @ w_qk.T).unflatten(1, (2 * config.heads, -1))
-        q, k = prepare_qk(qk, begins, context.cos, context.sin, offset, paired)
-        v = a @ w_v.T if added is None else torch.addmm(added, a, w_v.T)
-        v = v.unflatten(1, (config.heads, -1))
-        y = attend(q, k, pair_heads(v) if paired else v, masks[paired, layer.window], context.scale)
-        return finish_heads(unpair_heads(y) if paired else y, v, alpha, a, gate) @ w_o.T
+        factors = factors.to(dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
+        columns = (
+            parts(qkv * w_qk, self.attending),  # (2D, D)
+            parts(qkv * w_v, self.attending),  # (D, D)
+            parts(out * w_o, self.attending),  # (D, D)
+            parts(self.value_gates, self.gated),  # (H, 12)
+            parts(self.xsa_alphas, self.xsa),  # (H,)
+            parts(self.attention_gates, self.attending),  # (H, 12)
+            mlp,  # W_in and W_out (4D, D); with `fp8` also W_in in 8 bits, and its scale [84]
+            (factors[i::count] for i in range(count)),  # six, (T, 1) each
+        )
+        return list(map(LayerWeights, *columns))
 
 
 # ======================================================================================================================

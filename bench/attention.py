@@ -47,7 +47,10 @@ def own(options: dict[str, int], docs: Tensor, window: int, scale: Tensor) -> Ca
     """train_gpt.py's attention of q, k, v (T, H, d), with options for FlexAttention's kernels where it is that."""
     torch.compiler.reset()
     train_gpt.flex_attention = partial(flex_attention, kernel_options=options)
-    mask = train_gpt.make_mask(docs, torch.tensor(window, device=docs.device) if docs.is_cuda else window)
+    if docs.is_cuda:
+        mask = train_gpt.block_mask(docs, torch.tensor(window, device=docs.device))
+    else:
+        mask = train_gpt.banded_mask(docs, window)
     return lambda q, k, v: train_gpt.attend(q, k, v, mask, scale)
 
 
@@ -116,7 +119,7 @@ def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows
             backward += layers * (milliseconds(gradients, attention, qkv, torch.randn_like(qkv[0])) - once)
         # Causal: the start of the output is the output of the start.
         start = [x.detach()[:CHECKED].float() for x in qkv]
-        exact = train_gpt.banded_attention(*start, train_gpt.banded_mask(each[:CHECKED], width), scale)
+        exact = train_gpt.attend(*start, train_gpt.banded_mask(each[:CHECKED], width), scale)
         error = max(error, relative_error(attention(*qkv).detach()[:CHECKED], exact))
     return forward, backward, error
 

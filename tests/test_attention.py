@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from train_gpt import BLOCK, ModelConfig, attend, block_mask, make_context, make_mask, prepare_qk, rotary_frequencies
+from train_gpt import (
+    BLOCK,
+    LayerWeights,
+    ModelConfig,
+    attend,
+    banded_mask,
+    block_mask,
+    make_context,
+    project,
+    rotary_frequencies,
+)
 
 SCALE = 0.3
 
@@ -41,7 +51,7 @@ def random_qkv(length, generator, heads=2, dim=16):
 
 def assert_equals_dense_attention(docs, window, generator):
     qkv = [x.requires_grad_() for x in random_qkv(len(docs), generator)]
-    output = attend(*qkv, make_mask(docs, window), torch.tensor(SCALE))
+    output = attend(*qkv, banded_mask(docs, window), torch.tensor(SCALE))
     weight = torch.randn(output.shape, generator=generator)
     gradients = torch.autograd.grad((output * weight).sum(), qkv)
 
@@ -94,9 +104,9 @@ def test_numbers_of_a_masked_key_are_never_read():
     generator = torch.Generator().manual_seed(0)
     docs, window = random_docs(50, 0.1, generator), 6
     q, k, v = random_qkv(50, generator)
-    before = attend(q, k, v, make_mask(docs, window), torch.tensor(SCALE))
+    before = attend(q, k, v, banded_mask(docs, window), torch.tensor(SCALE))
     k[20], v[20] = 1e4, 1e4
-    after = attend(q, k, v, make_mask(docs, window), torch.tensor(SCALE))
+    after = attend(q, k, v, banded_mask(docs, window), torch.tensor(SCALE))
     sees = allowed_pairs(docs, window)[:, 20]
     assert torch.equal(before[~sees], after[~sees])
     assert not torch.isclose(before[sees], after[sees]).all(dim=(1, 2)).any()
@@ -265,10 +275,15 @@ def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
 
 def norm_and_rotate(x):
     """q and k of projections x (T, 2H, d), side by side, as plain heads have them: after QK norm and rotary."""
-    length, _, dim = x.shape
-    cos, sin, *_ = make_context(ModelConfig((), dim=dim, heads=1), length, (1, 1), x)
+    length, heads, dim = x.shape
+    context = make_context(ModelConfig((), dim=dim, heads=1), length, (1, 1), x)
     begins = torch.arange(length) == 0
-    return torch.cat(prepare_qk(x, begins, cos, sin, offset=False, paired=False), dim=1)
+    # Attention's input is the norm of (1, 0, …), (0, 1, 0, …), …, out of which W_qk makes the projections.
+    a = torch.eye(length)
+    w = LayerWeights._make([None] * len(LayerWeights._fields))
+    w = w._replace(qk=x.flatten(1).T / length**0.5, v=torch.zeros(heads // 2 * dim, length))
+    q, k, *_ = project(a, None, begins, context[:2], w, heads // 2, offset=False, paired=False)
+    return torch.cat((q, k), dim=1)
 
 
 def test_one_rotation_worked_by_hand():

@@ -234,7 +234,7 @@ def test_flash_attention_sees_what_banded_attention_sees(monkeypatch):
     docs = torch.tensor([1] * 7 + [2] + [3] * 40 + [4] * 9)
     q, k, v = torch.randn(3, len(docs), 2, 16)
     found = attention.flash(docs, 5, torch.tensor(0.1))(q, k, v)
-    expected = train_gpt.banded_attention(q, k, v, train_gpt.banded_mask(docs, 5), torch.tensor(0.1))
+    expected = train_gpt.attend(q, k, v, train_gpt.banded_mask(docs, 5), torch.tensor(0.1))
     torch.testing.assert_close(found, expected)
 
 

@@ -74,8 +74,8 @@ def test_later_token_that_changes_an_earlier_loss_is_caught(caught):
     embedding = "x = F.embedding(inputs, self.embed)"
     cheats = {
         "attention that sees one token ahead": [AHEAD],
-        "smear that leaks": [("take * previous(x))", "take * x.roll(-1, 0))")],
-        "key offset that leaks": [("still, previous(still))", "still, still.roll(-1, 0))")],
+        "smear that leaks": [("take * previous(x, begins)", "take * x.roll(-1, 0)")],
+        "key offset that leaks": [("previous(still, begins)", "still.roll(-1, 0)")],
         "multi-token inputs": [(embedding, f"{embedding} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
     }
     ahead = {"multi-token inputs": 3}
@@ -111,11 +111,11 @@ def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
 
 def test_token_that_reaches_another_document_is_caught(caught):
     same = "docs[:, size:, None] == docs"
-    docs = "(inputs == config.bos_id).cumsum(0)"
+    docs, embedding = "(inputs == config.bos_id).cumsum(0)", "x = F.embedding(inputs, self.embed)"
     cheats = {
         "a mask that lets neighbours mix": [(same, same.replace("==", "- 1 <="))],
         "one token back across the boundary": [("(inputs == config.bos_id) |", "(inputs == -1) |")],
-        "a count of all documents": [("x = x0 = norm(x)", f"x = x0 = norm(x) + 0.01 * {docs}[:, None]")],
+        "a count of all documents": [(embedding, f"{embedding} + 0.01 * {docs}[:, None]")],
     }
     for cheat, findings in caught("documents", cheats):
         words = (

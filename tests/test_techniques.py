@@ -15,11 +15,12 @@ from train_gpt import (
     GPT,
     PRESETS,
     Layer,
+    LayerWeights,
     ModelConfig,
     Optimizer,
-    bigram_embedding,
+    add_attention,
+    begin_stream,
     final_windows,
-    finish_heads,
     make_context,
     parse_arguments,
     rotary_state,
@@ -422,7 +423,9 @@ def test_smear_and_bigram_look_one_token_back(technique):
 
 def test_xsa_takes_out_the_part_along_the_tokens_own_value():
     y = torch.tensor([[[3.0, 4, 0]]])  # one token, one head
-    alpha, a = torch.tensor([math.atanh(0.5)]), torch.zeros(1, 12)
+    w = LayerWeights._make([None] * len(LayerWeights._fields))
+    w = w._replace(alpha=torch.tensor([math.atanh(0.5)]), out=torch.eye(3), mix=(0, 1, 0, 0))
+    x = torch.zeros(1, 3)
     for v, expected in (
         ([2.0, 0, 0], [1.5, 4, 0]),  # half of (3, 0, 0)
         ([-0.5, 0, 0], [1.5, 4, 0]),  # its length and sign do not count
@@ -431,7 +434,7 @@ def test_xsa_takes_out_the_part_along_the_tokens_own_value():
         ([0.0, 0, 0], [3, 4, 0]),
     ):
         v = torch.tensor([[v]], requires_grad=True)
-        z = finish_heads(y, v, alpha, a, None)
+        z = add_attention(x, y, v, 1, x, None, w, paired=False)
         assert z.flatten().tolist() == pytest.approx(expected, abs=1e-6)
         assert torch.autograd.grad(z.sum(), v)[0].isfinite().all()
 
@@ -460,7 +463,7 @@ def test_bigram_rows_and_signs_equal_those_of_python_integers():
         tokens = torch.randint(vocab, (3000,), generator=generator, dtype=torch.int32)
         begins = torch.rand(3000, generator=generator) < 0.1
         begins[0] = True
-        numbers = bigram_embedding(tokens, begins, table, signs)
+        *_, numbers = begin_stream(torch.zeros(3000, 12), tokens, begins, None, None, table, signs, 0)
         token = tokens.tolist()
         before = [None if begin else token[t - 1] for t, begin in enumerate(begins.tolist())]
         assert numbers[:, 0].tolist() == [bigram_row(*pair, rows) for pair in zip(before, token)]

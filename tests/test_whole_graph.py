@@ -51,7 +51,7 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
         with torch.no_grad():
             expected.append(model(inputs, targets, context).item())
         contexts.append(context._replace(windows=tuple(torch.tensor(window) for window in windows)))
-    monkeypatch.setattr(train_gpt, "make_mask", train_gpt.block_mask)
+    monkeypatch.setattr(train_gpt, "banded_mask", train_gpt.block_mask)
     with torch.compiler.set_stance("default"), torch.no_grad():
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)

@@ -88,7 +88,7 @@ def test_flex_attention_is_the_banded_attention():
     for window in 64, 300:
         results = []
         for mask in (
-            train_gpt.make_mask(docs, torch.tensor(window, device=CUDA)),
+            train_gpt.block_mask(docs, torch.tensor(window, device=CUDA)),
             train_gpt.banded_mask(docs, window),
         ):
             y = train_gpt.attend(q, k, v, mask, scale)

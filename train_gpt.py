@@ -551,7 +551,7 @@ def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> 
 #
 # The few functions in which rounding is a decision: the norm, the products in 8 bits, the loss, the MLP, the weights
 # that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled, by itself
-# on the CPU, where one compilation then serves all layers, and as a part of the whole model on CUDA.
+# on the CPU, where one compilation then serves all layers of a kind, and as a part of the whole model on CUDA.
 # ======================================================================================================================
 
 E4M3_MAX = 448
@@ -561,17 +561,17 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 
 
 def region(function: Callable) -> Callable:
-    """Compiles a function of tensors of one length, the first one's: on the CPU a copy of it for each length."""
+    """Compiles a function of tensors of one length: on the CPU a copy of it for each length, and all named options."""
 
     @functools.cache
-    def compiled(length: int) -> Callable:
+    def compiled(*kind) -> Callable:
         # PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
         code = function.__code__.replace()
         return torch.compile(type(function)(code, globals(), argdefs=function.__defaults__), dynamic=False)
 
     @functools.wraps(function)
     def call(x: Tensor, *inputs, **options):
-        chosen = function if torch.compiler.is_compiling() else compiled(len(x))
+        chosen = function if torch.compiler.is_compiling() else compiled(len(x), *options.values())
         return chosen(x, *inputs, **options)
 
     return call
@@ -749,11 +749,9 @@ def previous(x: Tensor, begins: Tensor) -> Tensor:
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
     """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device."""
-    length = len(docs)
-    blocks = math.ceil(length / BLOCK)
-    block = torch.arange(blocks, dtype=torch.int32, device=docs.device)
-    first, last = docs[::BLOCK], docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
-    here = block[:, None]
+    length, first = len(docs), docs[::BLOCK]
+    block = torch.arange(len(first), dtype=torch.int32, device=docs.device)
+    here, last = block[:, None], docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
     back = here - block  # how many blocks the keys lie behind the queries
     # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round. A block
     # that holds an allowed pair is listed, and one without a forbidden pair as full.
@@ -765,7 +763,9 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         # From the diagonal on first all are full, then all partial: counting is enough (a sort compiles for minutes).
         all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
         away = torch.where(block > 0, all_full + block, 0), block + 1
-        partial, fulls = ((here + way * each).clamp(0, blocks - 1)[None, None] for each in away)  # unread past count
+        partial, fulls = (
+            (here + way * each).clamp(0, len(block) - 1)[None, None] for each in away
+        )  # unread past count
         return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
     def allowed(batch, head, query, key):
@@ -871,7 +871,7 @@ def add_skip(x: Tensor, skipped: Tensor, x0: Tensor, gate: Tensor, strength: Ten
 
 
 @region
-def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWeights, heads: int, offset, paired):
+def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWeights, heads: int, *, offset, paired):
     """What attention makes of the stream x (T, D): q, k and v for `attend`, and the gate (T, H, 1) of its output."""
     a = norm(x)
     if w.value_gate is not None:  # of the token's row of value embeddings, which is `added`; reads both [14, 63]
@@ -889,7 +889,7 @@ def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWei
 
 
 @region
-def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, start: Tensor, bigram, w: LayerWeights, paired: bool):
+def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, start: Tensor, bigram, w: LayerWeights, *, paired):
     """The stream after attention: itself, what `attend` made of the heads, the stream's start, and the bigrams."""
     if paired:
         y, v = (each.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2) for each in (y, v))  # (T, H, d)
@@ -939,8 +939,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
         self.config, self.fp8 = config, fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
-        self.rows, self.attending, self.xsa = config.rows, *map(config.layers_with, ("attention", "xsa"))
-        valued, skip, mudd = map(config.layers_with, ("value_embeds", "skip", "mudd"))
+        self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
+        valued, skip, mudd = (config.layers_with(column) for column in ("value_embeds", "skip", "mudd"))
         self.gated = [i for i in valued if i not in mudd]  # MUDD makes its own gates of value embeddings
         self.named = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
         dim, heads, vocab, layers = config.dim, config.heads, config.padded_vocab, len(self.rows)
@@ -1031,11 +1031,11 @@ class GPT(nn.Module):
                 w, origin = w._replace(mix=mix), start
             if layer.attention:
                 paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
-                read = after.get(layer.single_input, x)
-                q, k, v, gate = project(read, added, begins, context[:2], w, config.heads, offset, paired)
+                read, heads = after.get(layer.single_input, x), config.heads
+                q, k, v, gate = project(read, added, begins, context[:2], w, heads, offset=offset, paired=paired)
                 y = attend(q, k, v, masks[paired, layer.window], context.scale)
                 # Layer 0 has the bigram embedding from the start.
-                x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired)
+                x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired=paired)
             x = add_mlp(x, w)
             if i in self.named:
                 after[i] = x

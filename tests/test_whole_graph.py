@@ -61,7 +61,7 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
     assert counter.frame_count == 1
 
 
-def test_no_length_uses_up_the_graphs_of_another(monkeypatch):
+def test_no_length_or_option_uses_up_the_graphs_of_another(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     last = train_gpt.region(lambda x, times=2: times * x[-1])
     with (
@@ -69,6 +69,8 @@ def test_no_length_uses_up_the_graphs_of_another(monkeypatch):
         torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True),
     ):
         for length in 16, 24, 32:
+            for times in 3, 4:
+                assert last(torch.arange(float(length)), times=times) == times * (length - 1)
             assert last(torch.arange(float(length))) == 2 * (length - 1)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            last(torch.arange(32.0), times=3)
+            last(torch.arange(32.0), 3)

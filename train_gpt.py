@@ -763,9 +763,8 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         # From the diagonal on first all are full, then all partial: counting is enough (a sort compiles for minutes).
         all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
         away = torch.where(block > 0, all_full + block, 0), block + 1
-        partial, fulls = (
-            (here + way * each).clamp(0, len(block) - 1)[None, None] for each in away
-        )  # unread past count
+        # What stands past the count is not read.
+        partial, fulls = ((here + way * each).clamp(0, len(block) - 1)[None, None] for each in away)
         return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
     def allowed(batch, head, query, key):
@@ -1130,8 +1129,10 @@ def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_s
     value = p if low is None else join_float32(p, low)
     step = lr * factors
     value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
-    for stored, half in zip((p, low), (value,) if low is None else split_float32(value)):
-        stored.copy_(half)
+    top, bottom = (value, None) if low is None else split_float32(value)
+    p.copy_(top)
+    if low is not None:
+        low.copy_(bottom)
 
 
 def resize(saved: Tensor, rows: int) -> Tensor:
@@ -1487,7 +1488,7 @@ def flops_per_token(config: ModelConfig, stage: Stage) -> int:
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The arithmetic that the device really does, in FLOP/s: the best of some large matrix products."""
     size = 8192 if device.type == "cuda" else 1024
-    # As good as random, of which a GPU's speed depends, and leaves the run's own random state as it is.
+    # As good as random numbers, on which a GPU's speed depends, and the run's own random state stays as it is.
     a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * size**3 / min(timer.blocked_autorange().times)
@@ -1827,8 +1828,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
     divisors = [n for n in range(1, common + 1) if common % n == 0]
     size = min(divisors, key=lambda n: abs(n - world_size))
     near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
-    numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and {world_size} processes"
-    advice = f"with {size} processes the nearest that work are --slices {' or '.join(map(str, near))}"
+    numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and world size {world_size}"
+    advice = f"nearest that work with world size {size}: --slices {' or '.join(map(str, near))}"
     whole = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
     pairs = config.paired_heads or config.head_pairs or config.mudd
     rules = {

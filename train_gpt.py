@@ -561,7 +561,7 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 
 
 def region(function: Callable) -> Callable:
-    """Compiles a function of tensors of one length: on the CPU a copy of it for each length, and all named options."""
+    """Compiles a function: on the CPU a copy of it for each length of its first tensor and choice of named options."""
 
     @functools.cache
     def compiled(*kind) -> Callable:
@@ -826,7 +826,7 @@ class Context(NamedTuple):
 
 
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
-    """A context of `length` tokens, for the next only, of `like`'s device and dtype; `rotary` is a `rotary_state`."""
+    """A context of `length` tokens, on `like`'s device and in its dtype, with the next target alone."""
     frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
     angles = torch.arange(2 * length, device=like.device)[:, None, None] * frequencies.to(like.device)
     cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -937,7 +937,7 @@ class GPT(nn.Module):
         self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
         valued, skip, mudd = (config.layers_with(column) for column in ("value_embeds", "skip", "mudd"))
         self.gated = [i for i in valued if i not in mudd]  # MUDD makes its own gates of value embeddings
-        self.named = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
+        self.kept = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
         dim, heads, vocab, layers = config.dim, config.heads, config.padded_vocab, len(self.rows)
         attending, together = len(self.attending), 2 if config.head_pairs else heads
         bounds = {"uniform": 3**0.5 * 0.5 * dim**-0.5, "kaiming": dim**-0.5}  # the latter with a = sqrt(5)
@@ -1012,7 +1012,7 @@ class GPT(nn.Module):
         x = F.embedding(inputs, self.embed)
         weights = self.smear_gate, self.smear_lambda, self.bigram_table, self.bigram_signs, layers[0].mix[3]
         x0, start, bigram = begin_stream(x, inputs, begins, *weights)
-        x, values, after = start, {}, {}  # `after`: the stream after the layers that others name
+        x, values, after = start, {}, {}  # `after`: the stream after each layer that others read
         if self.value_embeds is not None:  # the row (T, D) of each token in each table
             firsts = torch.arange(0, len(self.value_embeds), config.padded_vocab, device=inputs.device)
             values = dict(enumerate(F.embedding(inputs + firsts[:, None], self.value_embeds).unbind()))
@@ -1032,7 +1032,7 @@ class GPT(nn.Module):
                 # Layer 0 has the bigram embedding from the start.
                 x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired=paired)
             x = add_mlp(x, w)
-            if i in self.named:
+            if i in self.kept:
                 after[i] = x
         if self.mudd_w1 is not None:
             first, second, third = (after[i] for i in config.mudd_sources)
@@ -1041,26 +1041,27 @@ class GPT(nn.Module):
 
     def masks(self, inputs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
         """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
-        docs, make = (inputs == self.config.bos_id).cumsum(0), block_mask if inputs.is_cuda else banded_mask
+        docs = (inputs == self.config.bos_id).cumsum(0)
         docs, windows = {False: docs, True: docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
         kinds = dict.fromkeys((layer.paired_heads, layer.window) for layer in self.rows if layer.attention)
+        make = block_mask if inputs.is_cuda else banded_mask
         return {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
 
     def layers(self, length: int, fp8: bool) -> list[LayerWeights]:
         """What each layer has of the parameters: matrices times their scalars [47], all in the dtype of the stream."""
         dtype, dim, count, attending = self.embed.dtype, self.config.dim, len(self.rows), len(self.attending)
 
-        def parts(tensor: Tensor | None, layers: Iterable[int]) -> list[Tensor | None]:
-            having = {} if tensor is None else dict(zip(layers, tensor.to(dtype).unbind()))
-            return [having.get(i) for i in range(count)]
+        def by_layer(tensor: Tensor | None, layers: Iterable[int]) -> list[Tensor | None]:
+            parts = {} if tensor is None else dict(zip(layers, tensor.to(dtype).unbind()))
+            return [parts.get(i) for i in range(count)]
 
         # Of all layers at once: a product a layer is some hundred kernels more, most of them in the backward pass.
         qkv, out = (p.to(dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
         w_qk = self.qk_bank.view(-1, dim)[: attending * 2 * dim].view(attending, 2 * dim, dim)
         w_v, w_o = self.vo_bank[: attending * 2].unflatten(0, (attending, 2)).unbind(1)
         matrices = self.mlp_bank.unbind()
-        eight = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach()) if fp8 else ()
-        mlp = zip(matrices[::2], matrices[1::2], *(each.unbind() for each in eight))
+        in_8_bits = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach()) if fp8 else ()
+        mlp = zip(matrices[::2], matrices[1::2], *(each.unbind() for each in in_8_bits))
         resid, post, start = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
         bigram = torch.zeros_like(start) if self.bigram_lambdas is None else self.bigram_lambdas
         factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1])).flatten()
@@ -1068,12 +1069,12 @@ class GPT(nn.Module):
         # like MUDD's, so that the regions' graphs serve both.
         factors = factors.to(dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
         columns = (
-            parts(qkv * w_qk, self.attending),  # (2D, D)
-            parts(qkv * w_v, self.attending),  # (D, D)
-            parts(out * w_o, self.attending),  # (D, D)
-            parts(self.value_gates, self.gated),  # (H, 12)
-            parts(self.xsa_alphas, self.xsa),  # (H,)
-            parts(self.attention_gates, self.attending),  # (H, 12)
+            by_layer(qkv * w_qk, self.attending),  # (2D, D)
+            by_layer(qkv * w_v, self.attending),  # (D, D)
+            by_layer(out * w_o, self.attending),  # (D, D)
+            by_layer(self.value_gates, self.gated),  # (H, 12)
+            by_layer(self.xsa_alphas, self.xsa),  # (H,)
+            by_layer(self.attention_gates, self.attending),  # (H, 12)
             mlp,  # W_in and W_out (4D, D); with `fp8` also W_in in 8 bits, and its scale [84]
             (factors[i::count] for i in range(count)),  # six, (T, 1) each
         )
@@ -1431,11 +1432,11 @@ def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
     """Whether training has products in 8 bits: from compute capability 8.9 on, for sizes in multiples of 16."""
     sizes = [settings.model.dim, *(stage.batch_tokens // settings.slices for stage in settings.all_stages)]
     able = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
-    return settings.fp8 and able and not any(size % 16 for size in sizes)
+    return settings.fp8 and able and math.gcd(*sizes) % 16 == 0
 
 
 def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
-    """Meets the other ranks; model, what computes its training objective, and optimizer, the same on all of them."""
+    """Meets the other ranks; returns the model, what computes its objective, and the optimizer, the same on all."""
     cuda, dtype = world.device.type == "cuda", choose_dtype(settings, world.device)
     torch.manual_seed(settings.seed)
     model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
@@ -1786,8 +1787,9 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
             milliseconds += elapsed(begin, mark(device))
             if validates and not stopping:
                 windows = final_windows(settings) if step == total else hyper.stage.windows
-                wide = make_context(config, settings.val_seq_len, windows, model.embed, rotary_state(settings, step))
-                log.loss(step, "val_loss", validate(model, sequences, wide, world), milliseconds)
+                rotary = rotary_state(settings, step)
+                val_context = make_context(config, settings.val_seq_len, windows, model.embed, rotary)
+                log.loss(step, "val_loss", validate(model, sequences, val_context, world), milliseconds)
             if saves:
                 save_checkpoint(log, settings, step, milliseconds, model, optimizer)
             if stopping:
@@ -1816,7 +1818,7 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
-    """UserError unless what is shared out over slices, processes, heads and sequences comes out even, and so on."""
+    """UserError unless batches, widths and sequences divide evenly, and what the settings ask for is possible."""
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
@@ -1958,7 +1960,7 @@ def main(arguments: list[str]) -> int:
         elif world.rank == 0:
             print_plan(settings, world)
         return 0
-    except (UserError, MemoryError, RuntimeError) as error:  # such as CUDA's want of memory, and a rank that has gone
+    except (UserError, MemoryError, RuntimeError) as error:  # such as want of memory, or a rank that is gone
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):

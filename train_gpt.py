@@ -370,10 +370,10 @@ def has_kernels(x: Tensor) -> bool:
 
 @jit
 def symmetric_kernel(
-    a, add, out, n, inner, stride_batch, stride_row, stride_inner, alpha, beta,
+    a, out, n, inner, stride_batch, stride_row, stride_inner, alpha, beta,
     ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
 ):  # fmt: skip
-    """A block of out = alpha A A^T + beta add, and its mirror image: A (n, inner) of any strides, the others (n, n)."""
+    """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, inner) of any strides."""
     across = tl.cdiv(n, COLUMNS)
     i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, tl.cdiv(n, ROWS), across, 8)
     if i * ROWS >= (j + 1) * COLUMNS:
@@ -392,31 +392,27 @@ def symmetric_kernel(
     total *= alpha
     upper = (rows[:, None] <= columns) & (columns < n)
     here = rows[:, None] * n + columns
-    if add is not None:
-        total += beta * tl.load(add + batch * n * n + here, upper, 0).to(tl.float32)
+    if beta is not None:
+        total += beta * tl.load(a + rows[:, None] * stride_row + columns * stride_inner, upper, 0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
     tl.store(out + here, total, upper)
     tl.store(out + columns * n + rows[:, None], total, upper)
 
 
-@library.custom_op("train_gpt::symmetric", mutates_args=())
-def symmetric_op(a: Tensor, add: Tensor | None, alpha: float, beta: float) -> Tensor:
+@library.custom_op("train_gpt::symmetric_product", mutates_args=())
+def symmetric_product(a: Tensor, alpha: float = 1, beta: float | None = None) -> Tensor:
+    """alpha A A^T for each matrix of a (n, rows, cols); with `beta`, for symmetric ones, alpha A A^T + beta A."""
+    if not has_kernels(a):
+        return alpha * (a @ a.mT) if beta is None else torch.baddbmm(a, a, a.mT, beta=beta, alpha=alpha)
     count, n, inner = a.shape
     out = a.new_empty(count, n, n)
     *block, stages, warps = SYMMETRIC_TILES
     grid = triton.cdiv(n, block[0]) * triton.cdiv(n, block[1]), count
-    symmetric_kernel[grid](a, add, out, n, inner, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
+    symmetric_kernel[grid](a, out, n, inner, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
     return out
 
 
-symmetric_op.register_fake(lambda a, add, alpha, beta: a.new_empty(a.size(0), a.size(1), a.size(1)))
-
-
-def symmetric_product(a: Tensor, add: Tensor | None = None, alpha: float = 1, beta: float = 1) -> Tensor:
-    """alpha A A^T + beta add for each matrix of a (n, rows, cols), with symmetric add (n, rows, rows)."""
-    if has_kernels(a):
-        return symmetric_op(a, add if add is None else add.contiguous(), alpha, beta)
-    return alpha * (a @ a.mT) if add is None else torch.baddbmm(add, a, a.mT, beta=beta, alpha=alpha)
+symmetric_product.register_fake(lambda a, alpha=1, beta=None: a.new_empty(a.size(0), a.size(1), a.size(1)))
 
 
 @jit
@@ -697,7 +693,7 @@ def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
     wide = x.size(-2) <= x.size(-1)
     for a, b, c in POLAR_EXPRESS:
         gram = symmetric_product(x if wide else x.mT)
-        poly = symmetric_product(gram, gram, alpha=c, beta=b)
+        poly = symmetric_product(gram, alpha=c, beta=b)
         x = torch.baddbmm(x, poly, x, beta=a) if wide else torch.baddbmm(x, x, poly, beta=a)
     return x
 

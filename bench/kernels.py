@@ -53,13 +53,13 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
         count, n, inner = x.shape
         yield Case(
             f"symmetric X X^T, {bank} {count} x {n} x {inner}", 80,
-            lambda x: train_gpt.symmetric_op(x, None, 1.0, 1.0), lambda x: x @ x.mT,
+            lambda x: train_gpt.symmetric_product(x), lambda x: x @ x.mT,
             (x,), flops=2 * count * n * n * inner,
         )  # fmt: skip
         gram = random(count, n, n, std=n**-0.5)
         yield Case(
             f"symmetric bA + cAA, {bank} {count} x {n} x {n}", 80,
-            lambda a: train_gpt.symmetric_op(a, a, 0.5, -2.0), lambda a: torch.baddbmm(a, a, a, beta=-2, alpha=0.5),
+            lambda a: train_gpt.symmetric_product(a, 0.5, -2.0), lambda a: torch.baddbmm(a, a, a, beta=-2, alpha=0.5),
             (gram + gram.mT,), flops=2 * count * n**3,
         )  # fmt: skip
 

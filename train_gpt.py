@@ -445,7 +445,7 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
     if tiles is None or a.size(1) % 16 or b.size(0) % 16:  # without TMA
         product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
         return F.relu(product).square() if post is None else 2 * product * post.sqrt()
-    out = empty_product(a, b, scale_a, scale_b, post)
+    out = a.new_empty(a.size(0), b.size(0), dtype=torch.bfloat16)
     rows, columns, inner, stages, warps = tiles
     inner = inner if scale_a is None else 2 * inner
     describe, half = TensorDescriptor.from_tensor, [rows, columns // 2]
@@ -456,9 +456,7 @@ def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None,
     return out
 
 
-@mlp_op.register_fake
-def empty_product(a, b, scale_a, scale_b, post):
-    return torch.empty(a.size(0), b.size(0), dtype=torch.bfloat16, device=a.device)
+mlp_op.register_fake(lambda a, b, *others: a.new_empty(a.size(0), b.size(0), dtype=torch.bfloat16))
 
 
 @jit
@@ -1227,7 +1225,7 @@ class Optimizer:
         yield dist.all_to_all_single(values, grad[rows], *splits, async_op=True)
         first.wait()
         total = torch.zeros(size, grad.size(1), device=grad.device)
-        total.index_add_(0, index - self.rank * size, values.float())
+        total.index_add_(0, index % size, values.float())
         return (total / self.world_size).to(grad.dtype)
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:

@@ -299,7 +299,7 @@ def test_loss_that_is_not_finite_ends_all_ranks(start, tmp_path):
     "arguments, words",
     [
         (("--stepz", "8"), "--steps"),
-        (("--slices", "3"), "2 processes"),
+        (("--slices", "3"), "world size 2"),
         (("--train-files", "none_*.bin"), "none_*.bin"),
         (("--val-tokens", "8192", "--steps", "8"), "8192"),
     ],

@@ -47,7 +47,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 try:
@@ -1314,13 +1313,16 @@ class Batch(NamedTuple):
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
     """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at."""
     # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
-    plan, bounds, documents, ends = [], {}, [0], []  # ends: the steps planned when each shard, in turn, ran out
+    plan, bounds, starts, documents = [], {}, {}, [0]
+    ends = []  # the steps planned when each shard, in turn, ran out
     while len(plan) < settings.total_steps:
         stage, path = schedule(settings, len(plan)).stage, paths[len(ends) % len(paths)]
         if path not in bounds:
             _, bounds[path] = read_shard(path, settings.model)
-        length, lengths = stage.batch_tokens // settings.slices, np.minimum(np.diff(bounds[path]), stage.max_seq_len)
-        before = np.append(0, lengths).cumsum()  # tokens before each document, and in all
+        length, cut = stage.batch_tokens // settings.slices, (path, stage.max_seq_len)
+        if cut not in starts:
+            starts[cut] = np.append(0, np.minimum(np.diff(bounds[path]), stage.max_seq_len)).cumsum()
+        before = starts[cut]  # tokens before each document, and in all
         while len(documents) <= settings.slices and documents[-1] < len(before):
             documents.append(int(np.searchsorted(before, before[documents[-1]] + length + 1)))
         if documents[-1] < len(before):
@@ -1481,8 +1483,12 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     # As good as random numbers, on which a GPU's speed depends, and the run's own random state stays as it is.
     a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / min(timer.blocked_autorange().times)
+    times = []
+    for _ in range(6):
+        begin = mark(device)
+        a @ a
+        times.append(elapsed(begin, mark(device)))
+    return 2 * size**3 / min(times) * 1000
 
 
 def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:

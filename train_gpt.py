@@ -1,17 +1,8 @@
 """Train a GPT-2-class language model to 3.28 validation loss on FineWeb, as fast as the hardware allows.
 
-One file holds the whole experiment. `./run.sh` runs it on every GPU it finds, or on the CPU with a small model;
-`python train_gpt.py --help` lists the options. Read it from top to bottom:
-
-    1. Settings      the network's table, the schedule's table, every number
-    2. Kernels       Triton: symmetric products, ReLU^2 MLP, softcapped loss, transposes
-    3. Numerics      norm, FP8, the loss and the MLP, exact bf16 weights, orthogonalization
-    4. Attention     rotary embedding, masks, FlexAttention (CUDA) and banded attention (elsewhere)
-    5. Model         parameters and the forward pass
-    6. Optimizer     NorMuon for the matrices, Adam for the rest, sharded over ranks
-    7. Data          token shards, the plan of batches, prefetching
-    8. Training      processes, log, warm-up, validation, the loop
-    9. Command line  options, --dry-run, main
+One file holds the whole experiment, to be read from top to bottom: settings, kernels, numerics, attention, model,
+optimizer, data, training, command line. `./run.sh` runs it on every GPU it finds, or on the CPU with a small model;
+`python train_gpt.py --help` lists the options.
 
 Numbers in [brackets] name the record of the public leaderboard (modded-nanogpt) that introduced an idea.
 Importing this file has no side effects.
@@ -58,12 +49,9 @@ except ImportError:  # macOS, or a CPU without it
     triton = constexpr = None
 jit = triton.jit if triton else lambda kernel: kernel
 
-# ======================================================================================================================
-# 1. Settings
-#
+# 1. Settings ==========================================================================================================
 # The experiment is two tables, a row a layer and a row a stage, and the scalars below them. An attempt at a record is
 # mostly an edit here. Every scalar can also be set from the command line: `--seed 7`, `--muon-lr 0.02`.
-# ======================================================================================================================
 
 
 def setting(default, help: str, **limits):
@@ -265,37 +253,56 @@ class ParameterRow(NamedTuple):
     """One row of the table of parameters, with its numbers for Adam; a bank is NorMuon's, unless `--muon false`."""
 
     kind: str  # each rank updates a part of a "bank" or "table", and all of a "gate" or "scalar" (always float32)
+    shape: tuple[int, ...]  # something false for what the model does without
     start: float | str  # a constant, or what `GPT` makes of it, with its standard deviation
     betas: tuple[float, float]
     lr: float  # factors of `adam_lr` and `adam_wd`
     wd: float
 
 
-PARAMETERS = {  # those of a kind in the order in which ranks exchange them
-    "bigram_table": ParameterRow("table", 0, (0.75, 0.95), 75, 5),
-    "value_embeds": ParameterRow("table", "normal 0.01", (0.75, 0.95), 75, 5),
-    "lm_head": ParameterRow("table", "normal 0.005", (0.5, 0.95), 1, 150),
-    "embed": ParameterRow("table", "lm_head^T", (0.5, 0.95), 1, 150),
-    "qk_bank": ParameterRow("bank", "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
-    "vo_bank": ParameterRow("bank", "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
-    "mlp_bank": ParameterRow("bank", "uniform 0.5/sqrt(D), out 0", (0.9, 0.95), 0.125, 10),
-    "resid_lambdas": ParameterRow("scalar", 1.1**0.5, (0.9, 0.95), 5, 0),  # a layer makes the stream 1.1 times [45]
-    "post_lambdas": ParameterRow("scalar", 1, (0.9, 0.95), 1, 0),
-    "x0_lambdas": ParameterRow("scalar", 0, (0.9, 0.95), 1, 0),
-    "bigram_lambdas": ParameterRow("scalar", 0.05, (0.9, 0.95), 1, 0),
-    "xsa_alphas": ParameterRow("scalar", 0, (0.9, 0.95), 1, 0),
-    "qkv_lambdas": ParameterRow("scalar", 0.5, (0.9, 0.99), 5, 0),
-    "out_lambdas": ParameterRow("scalar", 1, (0.9, 0.99), 5, 0),
-    "smear_lambda": ParameterRow("scalar", 0, (0.9, 0.99), 5, 0),
-    "skip_lambda": ParameterRow("scalar", -1.5, (0.9, 0.99), 5, 0),
-    "smear_gate": ParameterRow("gate", 0, (0.9, 0.99), 0.01, 0),
-    "skip_gate": ParameterRow("gate", 0, (0.9, 0.99), 0.05, 0),
-    "attention_gates": ParameterRow("gate", 0, (0.9, 0.99), 1, 1),
-    "value_gates": ParameterRow("gate", 0, (0.9, 0.99), 1, 1),
-    "mudd_w1": ParameterRow("gate", "kaiming", (0.9, 0.99), 0.25, 1),
-    "mudd_w2": ParameterRow("gate", 0, (0.9, 0.99), 0.25, 1),
-    "mudd_bias": ParameterRow("scalar", "effective values / 0.1", (0.9, 0.99), 0.25, 0),
-}
+MUDD_HIDDEN = 64
+# MUDD's coefficients at first, before its layer and after the last one: gates of 2, a layer's factors as elsewhere, and
+# the "backout" [40].
+MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
+
+
+def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
+    """The model's parameters, those of a kind in the order in which ranks exchange them."""
+    attending, valued, xsa, skip, mudd = map(config.layers_with, ("attention", "value_embeds", "xsa", "skip", "mudd"))
+    dim, heads, vocab = config.dim, config.heads, config.padded_vocab
+    layers, n, mixed = len(config.layers), len(attending), sum(map(len, MUDD_STARTS))
+    together = 2 if config.head_pairs else heads  # adjacent heads of Q or of K in a matrix: Q01, Q23, …, K01, K23, …
+    qk = (n * 2 * heads // together, together * config.head_dim, dim)
+    bigram = config.bigram and (config.bigram_rows * vocab, config.bigram_dim)
+    values = valued and ((1 + max(config.layers[i].value_embeds for i in valued)) * vocab, dim)
+    gated = len(set(valued) - set(mudd))  # MUDD makes its own gates
+    rows = {
+        "lm_head": ("table", (dim, vocab), "normal 0.005", (0.5, 0.95), 1, 150),
+        "embed": ("table", (vocab, dim), "lm_head^T", (0.5, 0.95), 1, 150),
+        "bigram_table": ("table", bigram, 0, (0.75, 0.95), 75, 5),
+        "qk_bank": ("bank", qk, "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
+        "vo_bank": ("bank", (n * 2, dim, dim), "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),  # a layer's V, O
+        # A layer's in and out, the latter transposed.
+        "mlp_bank": ("bank", (layers * 2, 4 * dim, dim), "uniform 0.5/sqrt(D), out 0", (0.9, 0.95), 0.125, 10),
+        "value_embeds": ("table", values, "normal 0.01", (0.75, 0.95), 75, 5),
+        "resid_lambdas": ("scalar", (layers, 2), 1.1**0.5, (0.9, 0.95), 5, 0),  # a layer makes 1.1 of the stream [45]
+        "post_lambdas": ("scalar", (layers, 2), 1, (0.9, 0.95), 1, 0),  # after attention, after the MLP
+        "x0_lambdas": ("scalar", (layers,), 0, (0.9, 0.95), 1, 0),
+        "bigram_lambdas": ("scalar", config.bigram and (layers,), 0.05, (0.9, 0.95), 1, 0),
+        "xsa_alphas": ("scalar", xsa and (len(xsa), heads), 0, (0.9, 0.95), 1, 0),
+        "qkv_lambdas": ("scalar", (n,), 0.5, (0.9, 0.99), 5, 0),
+        "out_lambdas": ("scalar", (n,), 1, (0.9, 0.99), 5, 0),
+        "smear_lambda": ("scalar", config.smear and (1,), 0, (0.9, 0.99), 5, 0),
+        "skip_lambda": ("scalar", skip and (1,), -1.5, (0.9, 0.99), 5, 0),
+        "smear_gate": ("gate", config.smear and (12,), 0, (0.9, 0.99), 0.01, 0),
+        "skip_gate": ("gate", skip and (12,), 0, (0.9, 0.99), 0.05, 0),
+        "attention_gates": ("gate", config.attention_gate and (n, heads, 12), 0, (0.9, 0.99), 1, 1),
+        "value_gates": ("gate", gated and (gated, heads, 12), 0, (0.9, 0.99), 1, 1),
+        "mudd_w1": ("gate", mudd and (2, MUDD_HIDDEN, dim), "kaiming", (0.9, 0.99), 0.25, 1),
+        "mudd_w2": ("gate", mudd and (mixed, MUDD_HIDDEN), 0, (0.9, 0.99), 0.25, 1),
+        "mudd_bias": ("scalar", mudd and (mixed,), "effective values / 0.1", (0.9, 0.99), 0.25, 0),
+    }
+    return {name: ParameterRow(*row) for name, row in rows.items()}
 
 
 class UserError(Exception):
@@ -319,6 +326,8 @@ class Hyper(NamedTuple):
 def schedule(settings: Settings, step: int) -> Hyper:
     """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
     stage, first = settings.begun(step)[-1]
+    if step == settings.total_steps and settings.long_validation:  # after the last one
+        stage = replace(stage, windows=(settings.val_short_window, settings.val_long_window))
     scheduled = settings.total_steps - settings.extension.steps
     constant = scheduled * (1 - settings.cooldown)
     t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
@@ -328,12 +337,6 @@ def schedule(settings: Settings, step: int) -> Hyper:
     momentum = settings.momentum - 0.1 * (1 - warm) - 0.1 * cool
     mtp = tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp))
     return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=mtp)
-
-
-def final_windows(settings: Settings) -> tuple[int, int]:
-    """The windows of the validation at the end."""
-    wide = settings.val_short_window, settings.val_long_window
-    return wide if settings.long_validation else settings.all_stages[-1].windows
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -349,12 +352,9 @@ def with_steps(settings: Settings, steps: int) -> Settings:
     return replace(settings, steps=steps, stages=tuple(stages[:-1]), extension=stages[-1], **momentum)
 
 
-# ======================================================================================================================
-# 2. Kernels
-#
+# 2. Kernels ===========================================================================================================
 # What PyTorch has no fast expression for, in Triton: each kernel, what launches it, and the plain expression that it
 # equals, which is what runs on the CPU and in float32. Kernels compute in float32 and round once, at the end.
-# ======================================================================================================================
 
 # How products are cut: rows and columns of a program's block, inner step (in bf16; FP8 has twice that), pipeline
 # stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
@@ -497,7 +497,7 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
 
 @library.custom_op("train_gpt::loss", mutates_args=())
 def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Losses (T,) as `training_loss` sums them, and the gradient (T, V) of their sum by the logits, in one pass."""
+    """`token_losses` (T,), and the gradient (T, V) of their sum by the logits, in one pass."""
     logits = logits.contiguous()
     losses, grads = loss_outputs(logits, targets, weights, fp8)
     numbers = *logits.shape, LOGIT_GRAD_SCALE if fp8 else 1.0, len(weights)  # an e5m2 gradient is divided by its scale
@@ -539,13 +539,10 @@ def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> 
     return out
 
 
-# ======================================================================================================================
-# 3. Numerics
-#
+# 3. Numerics ==========================================================================================================
 # The few functions in which rounding is a decision: the norm, the products in 8 bits, the loss, the MLP, the weights
 # that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled, by itself
 # on the CPU, where one compilation then serves all layers of a kind, and as a part of the whole model on CUDA.
-# ======================================================================================================================
 
 E4M3_MAX = 448
 # Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last one is for a gradient
@@ -594,7 +591,7 @@ def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor | float, dtype=torch.bfloat1
 
 
 class Head(torch.autograd.Function):
-    """`training_loss` with the kernels; `fp8` has the three products in 8 bits [19, 60, 67, 79]."""
+    """The sum of `token_losses` with the kernels; `fp8` has the three products in 8 bits [19, 60, 67, 79]."""
 
     @staticmethod
     def forward(ctx, x, lm_head, targets, weights, fp8):
@@ -626,22 +623,13 @@ def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @region
-def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats (T,) of the normed stream x (T, D) through lm_head (D, V), for targets (T,)."""
-    z = softcap(x @ lm_head)  # (T, V)
-    return z.logsumexp(-1) - z.gather(-1, targets[:, None]).squeeze(-1)
-
-
-@region
-def training_loss(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, fp8: bool = False) -> Tensor:
-    """The multi-token objective, summed over positions: sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) [53]."""
-    if has_kernels(x):
-        return Head.apply(x, lm_head, targets, weights, fp8)
-    z = softcap(x @ lm_head, x.dtype)
-    total = weights.sum() * z.logsumexp(-1).sum()
+def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) (T,) in nats, of the normed stream x (T, D) [53]."""
+    z = softcap(x @ lm_head, dtype)  # (T, V)
+    losses = weights.sum() * z.logsumexp(-1)
     for k in range(len(weights)):  # targets past the end are left out, though the normalizer keeps all the weights
-        total = total - weights[k] * z.gather(-1, targets[k:, None]).sum()
-    return total
+        losses = losses - weights[k] * F.pad(z.gather(-1, targets[k:, None]).squeeze(-1), (0, k))
+    return losses
 
 
 class MLP(torch.autograd.Function):
@@ -695,12 +683,9 @@ def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-# ======================================================================================================================
-# 4. Attention
-#
+# 4. Attention =========================================================================================================
 # Causal, within a document, and at most `window` tokens back. CUDA runs FlexAttention over a list of blocks; other
 # devices run a banded attention, exact and linear in T. Both are a mask, made once a sequence, and an `attend`.
-# ======================================================================================================================
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
 
@@ -793,19 +778,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
     return (weights @ v).transpose(1, 2).flatten(0, 1)[:length]
 
 
-# ======================================================================================================================
-# 5. Model
-#
+# 5. Model =============================================================================================================
 # One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), so that a
 # rank's share of the optimizer is a whole number of matrices; the forward pass gets them back as a record a layer.
 # What changes during training comes in as `Context`.
-# ======================================================================================================================
 
 VAL_CHUNK = 4096  # rows of logits at a time in validation
-MUDD_HIDDEN = 64
-# MUDD's coefficients at first, before its layer and after the last one: gates of 2, a layer's factors as elsewhere, and
-# the "backout" [40].
-MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
 
 
 class Context(NamedTuple):
@@ -850,12 +828,6 @@ def begin_stream(x: Tensor, tokens: Tensor, begins: Tensor, gate, strength, tabl
     sign_rows = (previous(tokens, begins) ^ tokens) % len(signs)  # [83]; row 0 where a document begins
     bigram = F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
     return x, x + F.pad(factor * bigram, (0, x.size(1) - bigram.size(1))), bigram
-
-
-@region
-def add_skip(x: Tensor, skipped: Tensor, x0: Tensor, gate: Tensor, strength: Tensor) -> Tensor:
-    """x plus an earlier stream, times sigmoid(strength) and a gate that reads the embedding [55]."""
-    return x + torch.sigmoid(strength.to(x.dtype)) * 2 * torch.sigmoid(x0[:, :12] @ gate)[:, None] * skipped
 
 
 @region
@@ -926,56 +898,27 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
-        self.config, self.fp8 = config, fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
+        self.config, self.table = config, parameter_table(config)
+        self.fp8 = fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
         self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
-        valued, skip, mudd = (config.layers_with(column) for column in ("value_embeds", "skip", "mudd"))
-        self.gated = [i for i in valued if i not in mudd]  # MUDD makes its own gates of value embeddings
+        self.gated = [i for i in config.layers_with("value_embeds") if not self.rows[i].mudd]
         self.kept = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
-        dim, heads, vocab, layers = config.dim, config.heads, config.padded_vocab, len(self.rows)
-        attending, together = len(self.attending), 2 if config.head_pairs else heads
-        bounds = {"uniform": 3**0.5 * 0.5 * dim**-0.5, "kaiming": dim**-0.5}  # the latter with a = sqrt(5)
-        shapes = {  # none for what the model does without
-            "lm_head": (dim, vocab),
-            "embed": (vocab, dim),
-            # A matrix of qk_bank holds two adjacent heads of Q or of K: per layer Q01, Q23, …, K01, K23, …
-            "qk_bank": (attending * 2 * heads // together, together * config.head_dim, dim),
-            "vo_bank": (attending * 2, dim, dim),  # per layer V, O
-            "mlp_bank": (layers * 2, 4 * dim, dim),  # per layer in, out (transposed)
-            "resid_lambdas": (layers, 2),  # after attention, after the MLP
-            "post_lambdas": (layers, 2),
-            "x0_lambdas": (layers,),
-            "qkv_lambdas": (attending,),
-            "out_lambdas": (attending,),
-            "smear_gate": config.smear and (12,),
-            "smear_lambda": config.smear and (1,),
-            "bigram_table": config.bigram and (config.bigram_rows * vocab, config.bigram_dim),
-            "bigram_lambdas": config.bigram and (layers,),
-            "value_embeds": valued and ((1 + max(self.rows[i].value_embeds for i in valued)) * vocab, dim),
-            "value_gates": self.gated and (len(self.gated), heads, 12),
-            "xsa_alphas": self.xsa and (len(self.xsa), heads),
-            "attention_gates": config.attention_gate and (attending, heads, 12),
-            "skip_gate": skip and (12,),
-            "skip_lambda": skip and (1,),
-            "mudd_w1": mudd and (2, MUDD_HIDDEN, dim),
-            "mudd_w2": mudd and (sum(map(len, MUDD_STARTS)), MUDD_HIDDEN),
-            "mudd_bias": mudd and (sum(map(len, MUDD_STARTS)),),
-        }
-        for name, shape in shapes.items():
+        bounds = {"uniform": 3**0.5 * 0.5 * config.dim**-0.5, "kaiming": config.dim**-0.5}  # with a = sqrt(5)
+        for name, row in self.table.items():
             self.register_parameter(name, None)
-            if not shape:
+            if not row.shape:
                 continue
-            row = PARAMETERS[name]
             how, *std = str(row.start).split()
             if name == "embed":
                 value = self.lm_head.data.T.contiguous()
             elif name == "mudd_bias":
                 value = torch.tensor(sum(MUDD_STARTS, ())) / 0.1
             elif how == "normal":
-                value = torch.randn(shape) * float(*std)
+                value = torch.randn(row.shape) * float(*std)
             elif how in bounds:
-                value = torch.empty(shape).uniform_(-bounds[how], bounds[how])
+                value = torch.empty(row.shape).uniform_(-bounds[how], bounds[how])
             else:
-                value = torch.full(shape, float(how))
+                value = torch.full(row.shape, float(how))
             if row.kind == "bank":
                 value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
             setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
@@ -988,13 +931,16 @@ class GPT(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
         x = self.stream(inputs, context, self.fp8)
-        return training_loss(x, self.lm_head, targets, context.mtp, self.fp8)
+        if has_kernels(x):
+            return Head.apply(x, self.lm_head, targets, context.mtp, self.fp8)
+        return token_losses(x, self.lm_head, targets, context.mtp, x.dtype).sum()
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """Cross-entropy in nats of each token (T,), float32, the head computed in chunks to bound memory."""
         chunks = zip(self.stream(inputs, context).split(VAL_CHUNK), targets.split(VAL_CHUNK))
-        return torch.cat([token_losses(x, self.lm_head, y) for x, y in chunks])
+        one = torch.ones(1, device=inputs.device)
+        return torch.cat([token_losses(x, self.lm_head, y, one, torch.float32) for x, y in chunks])
 
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
@@ -1012,8 +958,9 @@ class GPT(nn.Module):
 
         for i, (layer, w) in enumerate(zip(self.rows, layers)):
             added, origin = values.get(layer.value_embeds), x0
-            if layer.skip is not None:
-                x = add_skip(x, after[layer.skip], x0, self.skip_gate, self.skip_lambda)
+            if layer.skip is not None:  # an earlier stream, through a gate that reads the embedding [55]
+                gate = 2 * torch.sigmoid(self.skip_lambda.to(x.dtype)) * torch.sigmoid(x0[:, :12] @ self.skip_gate)
+                x = x + gate[:, None] * after[layer.skip]
             if layer.mudd:
                 x, added, mix = mudd_before(x, start, after[config.mudd_sources[0]], added, *mudd)
                 w, origin = w._replace(mix=mix), start
@@ -1074,20 +1021,14 @@ class GPT(nn.Module):
         return list(map(LayerWeights, *columns))
 
 
-# ======================================================================================================================
-# 6. Optimizer
-#
+# 6. Optimizer =========================================================================================================
 # NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a bank or
 # table is reduce-scattered, each rank updates its part, and the parts are gathered; gates and scalars are all-reduced
 # and updated whole by everyone. With one rank there is no communication at all.
-# ======================================================================================================================
 
 # torch 2.13 renames the two collectives and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-BANKS, TABLES = (tuple(name for name, row in PARAMETERS.items() if row.kind == kind) for kind in ("bank", "table"))
-SMALL = tuple(name for name in PARAMETERS if name not in BANKS + TABLES)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
@@ -1136,8 +1077,11 @@ class Optimizer:
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
         self.settings, self.rank, self.world_size = settings, rank, world_size
         self.params, self.state, self.factors = dict(model.named_parameters()), {}, {}
-        self.muon = BANKS if settings.muon else ()  # the parameters that are NorMuon's
-        self.sharded = BANKS + TABLES if world_size > 1 else ()  # those of which each rank updates a part
+        kinds = ("bank",), ("table",), ("gate", "scalar")
+        groups = ([name for name in self.params if model.table[name].kind in kind] for kind in kinds)
+        self.table, (self.banks, self.tables, self.small) = model.table, groups
+        self.muon = self.banks if settings.muon else []  # the parameters that are NorMuon's
+        self.sharded = self.banks + self.tables if world_size > 1 else []  # those of which each rank updates a part
         # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
         self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
@@ -1180,8 +1124,8 @@ class Optimizer:
         self.updates += hyper.adam
         # Each goes on until it has something to wait for. Banks are reduced before the large tables, since every step
         # has them, and most of the work waits for them; but updated last, so that gathers travel while Muon computes.
-        sent = {}
-        for order in (SMALL + BANKS + TABLES, SMALL + TABLES + BANKS, TABLES + BANKS):
+        sent, small, banks, tables = {}, self.small, self.banks, self.tables
+        for order in (small + banks + tables, small + tables + banks, tables + banks):
             for name in filter(steps.get, order):
                 if work := sent.get(name):
                     work.wait()
@@ -1234,7 +1178,7 @@ class Optimizer:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
             normuon_update(part, grad, self.factors[name], *map(torch.tensor, numbers), **state)
         else:
-            row = PARAMETERS[name]
+            row = self.table[name]
             lr = settings.adam_lr * hyper.lr * row.lr
             bias = [1 - beta**self.updates for beta in row.betas]
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
@@ -1262,13 +1206,10 @@ class Optimizer:
         self.updates, self.tied = saved["updates"], saved["tied"]
 
 
-# ======================================================================================================================
-# 7. Data
-#
+# 7. Data ==============================================================================================================
 # A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of which batch is planned for the
 # whole run before it starts, from the documents' lengths alone: a plan is a few thousand numbers, the same on every
 # rank, and a run that has too few tokens is told so before the clock starts.
-# ======================================================================================================================
 
 
 def find_shards(pattern: str, preset: str) -> list[str]:
@@ -1313,16 +1254,13 @@ class Batch(NamedTuple):
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
     """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at."""
     # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
-    plan, bounds, starts, documents = [], {}, {}, [0]
-    ends = []  # the steps planned when each shard, in turn, ran out
+    plan, documents, ends = [], [0], []  # `ends`: the steps planned when each shard, in turn, ran out
+    bounds = functools.cache(lambda path: read_shard(path, settings.model)[1])
+    starts = functools.cache(lambda path, cut: np.append(0, np.minimum(np.diff(bounds(path)), cut)).cumsum())
     while len(plan) < settings.total_steps:
         stage, path = schedule(settings, len(plan)).stage, paths[len(ends) % len(paths)]
-        if path not in bounds:
-            _, bounds[path] = read_shard(path, settings.model)
-        length, cut = stage.batch_tokens // settings.slices, (path, stage.max_seq_len)
-        if cut not in starts:
-            starts[cut] = np.append(0, np.minimum(np.diff(bounds[path]), stage.max_seq_len)).cumsum()
-        before = starts[cut]  # tokens before each document, and in all
+        length = stage.batch_tokens // settings.slices
+        before = starts(path, stage.max_seq_len)  # tokens before each document, and in all
         while len(documents) <= settings.slices and documents[-1] < len(before):
             documents.append(int(np.searchsorted(before, before[documents[-1]] + length + 1)))
         if documents[-1] < len(before):
@@ -1333,7 +1271,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
             documents = [0]
         if ends[-len(paths) - 1 :].count(len(plan)) > len(paths):  # each was tried from its start
             what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
-            largest = f"the largest of {len(paths)} has {max(each[-1] for each in bounds.values()):,} tokens"
+            largest = f"the largest of {len(paths)} has {max(bounds(path)[-1] for path in paths):,} tokens"
             raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
     if (epochs := len(ends) // len(paths) + 1) > settings.epochs:
         parts = plan[: ends[settings.epochs * len(paths) - 1]], plan
@@ -1341,7 +1279,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
         found = f"{have:,} in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
         wanted = f"the run needs {need:,}; add shards, or use --epochs {epochs}"
         raise UserError(f"{settings.train_files}: too few training tokens: {found}, but {wanted}")
-    return plan, {path: int(each[-1]) for path, each in bounds.items()}
+    return plan, {path: int(bounds(path)[-1]) for path in paths[: len(ends) + 1]}
 
 
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
@@ -1388,19 +1326,11 @@ def prefetch(items):
             yield item
 
 
-# ======================================================================================================================
-# 8. Training
-#
+# 8. Training ==========================================================================================================
 # A process and its device, the clock, one step, the warm-up that leaves no trace, the log, checkpoints, and the loop.
-# ======================================================================================================================
 
 
-class World(NamedTuple):
-    """This process among the others, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
+World = collections.namedtuple("World", "rank size device")  # this process among the others, and its device
 
 
 def find_world() -> World:
@@ -1445,13 +1375,17 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
-def compiles() -> bool:
-    """Whether torch.compile works here: a graph of one addition tells."""
+def compile_or_not(settings: Settings) -> str:
+    """Lets what follows run uncompiled if the settings say so, or a graph of one addition does not compile."""
+    how = "uncompiled"
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(16))
-        return True
+        if settings.compile:
+            torch.compile(lambda x: x + 1)(torch.zeros(16))
+            return "compiling"
     except Exception:
-        return False
+        how = "uncompiled, as no working C++ compiler was found,"
+    torch.compiler.set_stance("force_eager")
+    return how
 
 
 def mark(device: torch.device):
@@ -1483,12 +1417,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     # As good as random numbers, on which a GPU's speed depends, and the run's own random state stays as it is.
     a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
-    times = []
-    for _ in range(6):
-        begin = mark(device)
-        a @ a
-        times.append(elapsed(begin, mark(device)))
-    return 2 * size**3 / min(times) * 1000
+    runs = [(mark(device), a @ a, mark(device)) for _ in range(6)]
+    return 2 * size**3 / min(elapsed(begin, end) for begin, _, end in runs) * 1000
 
 
 def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
@@ -1529,16 +1459,17 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
     longest = max(settings.val_seq_len, *(length for length, _ in shapes))
     made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None] % settings.model.vocab_size
+    mtp = torch.tensor(schedule(settings, 0).mtp, device=world.device)
     for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
-        context = make_context(settings.model, length, windows, model.embed)
-        context = context._replace(mtp=torch.tensor(schedule(settings, 0).mtp, device=world.device))
+        context = make_context(settings.model, length, windows, model.embed)._replace(mtp=mtp)
         tokens = made_up[:, : length + 1]
         for adam in (False, True, True):  # the second one has embed's own update, where it was untied
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
             optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
-    for windows in dict.fromkeys([final_windows(settings), *(stage.windows for stage in settings.all_stages)]):
+    final = schedule(settings, settings.total_steps).stage
+    for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
 
@@ -1633,8 +1564,7 @@ def peak_memory(device: torch.device) -> str:
     else:
         import resource  # not on Windows
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,) * 2
+        sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10),) * 2
     return "peak memory allocated: {} MiB reserved: {} MiB".format(*(size >> 20 for size in sizes))
 
 
@@ -1720,11 +1650,7 @@ def train(settings: Settings, world: World) -> None:
     first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
-        how = "compiling"
-        if not settings.compile or not compiles():
-            torch.compiler.set_stance("force_eager")
-            how = "uncompiled, as no working C++ compiler was found," if settings.compile else "uncompiled"
-        log.line(f"warm-up: {how} for {model.embed.dtype} on {world.device.type}", file=False)
+        log.line(f"warm-up: {compile_or_not(settings)} for {model.embed.dtype} on {world.device.type}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.line(f"warm-up took {time.perf_counter() - begin:.0f} s", file=False)
@@ -1786,8 +1712,7 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
             report(late=0)
             milliseconds += elapsed(begin, mark(device))
             if validates and not stopping:
-                windows = final_windows(settings) if step == total else hyper.stage.windows
-                rotary = rotary_state(settings, step)
+                windows, rotary = hyper.stage.windows, rotary_state(settings, step)
                 val_context = make_context(config, settings.val_seq_len, windows, model.embed, rotary)
                 log.loss(step, "val_loss", validate(model, sequences, val_context, world), milliseconds)
             if saves:
@@ -1810,11 +1735,8 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
         stopping = report(delay)
 
 
-# ======================================================================================================================
-# 9. Command line
-#
+# 9. Command line ======================================================================================================
 # Every scalar of `Settings` and `ModelConfig` is an option; its type, limits, default and help come from there.
-# ======================================================================================================================
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
@@ -1849,7 +1771,7 @@ def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     """Bytes of a process, roughly: weights, gradients, optimizer state, and activations of a slice or of validation."""
     config = settings.model
     weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    state = sum(4 * p.numel() * (1.5 if name in BANKS else 2) for name, p in model.named_parameters())
+    state = sum(p.numel() * (6 if model.table[name].kind == "bank" else 8) for name, p in model.named_parameters())
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.
@@ -1869,10 +1791,10 @@ def print_plan(settings: Settings, world: World) -> None:
     columns = "{:16}{:>15}{:>14}  {:28}{:9}{:>6}{:>6}  {}"
     print(columns.format("parameter", "shape", "count", "start", "optimizer", "lr x", "wd x", "betas"))
     for name, p in model.named_parameters():
-        row, shape = PARAMETERS[name], " x ".join(map(str, p.shape))
+        row, shape = model.table[name], " x ".join(map(str, p.shape))
         start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
         how = "Adam", row.lr, row.wd, row.betas
-        if settings.muon and name in BANKS:
+        if settings.muon and row.kind == "bank":
             how = "NorMuon", 1, 1, (settings.momentum, settings.muon_beta2)
         print(columns.format(name, shape, f"{p.numel():,}", start, *map(str, how)))
     size = {name: p.numel() for name, p in model.named_parameters()}
@@ -1940,11 +1862,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], map(option, vars(parsed)), n=1, cutoff=0.0)
         raise UserError(f"unknown option {unknown[0]}; the closest that exists is {near[0]} (--help lists all)")
-
-    def changed(holder):
-        return replace(holder, **{name: value for name, value in vars(parsed).items() if name in vars(holder)})
-
-    settings = replace(changed(preset), model=changed(preset.model))
+    values = vars(parsed)
+    own, model = ({name: values[name] for name in values.keys() & vars(of)} for of in (preset, preset.model))
+    settings = replace(preset, **own, model=replace(preset.model, **model))
     return (with_steps(settings, settings.steps) if settings.steps is not None else settings), parsed.dry_run
 
 

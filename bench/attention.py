@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from kernels import relative_error
-from runs import command, compile_or_not, stage_alone
+from runs import command, stage_alone
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
@@ -85,7 +85,8 @@ def sequences(settings: train_gpt.Settings) -> Iterator[tuple[str, Tensor, tuple
         batch = next(train_gpt.training_batches(plan[:1], settings.model, range(1)))
         yield f"stage {number}", documents(batch[0]), stage.windows, True
     sequence = train_gpt.validation_sequences(settings)[0][0]
-    yield "validation", documents(sequence), train_gpt.final_windows(settings), False
+    last = train_gpt.schedule(settings, settings.total_steps).stage
+    yield "validation", documents(sequence), last.windows, False
 
 
 def gradients(attention: Callable, qkv: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +130,7 @@ def main() -> None:
     _, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
-    compile_or_not(settings)
+    train_gpt.compile_or_not(settings)
     dtype = train_gpt.choose_dtype(settings, world.device)
     places = list(sequences(settings))
     print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +29,6 @@ def command(main: Callable[[], None]) -> None:
     except train_gpt.UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def compile_or_not(settings: train_gpt.Settings) -> None:
-    """Lets what follows run uncompiled where the settings say so, or there is no compiler."""
-    if not settings.compile or not train_gpt.compiles():
-        torch.compiler.set_stance("force_eager")
 
 
 def stage_alone(settings: train_gpt.Settings, stage: train_gpt.Stage, steps: int) -> train_gpt.Settings:

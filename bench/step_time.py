@@ -15,7 +15,7 @@ BEGIN = time.perf_counter()
 
 
 import torch  # noqa: E402
-from runs import command, compile_or_not, stage_alone  # noqa: E402
+from runs import command, stage_alone  # noqa: E402
 from torch.profiler import ProfilerActivity  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(self, settings: train_gpt.Settings, world: train_gpt.World):
         self.settings, self.world = settings, world
-        compile_or_not(settings)
+        train_gpt.compile_or_not(settings)
         self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
         train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
         self.paths = train_gpt.find_shards(settings.train_files, settings.preset)

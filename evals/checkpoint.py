@@ -29,8 +29,9 @@ class Checkpoint:
 
     def context(self, length: int) -> train_gpt.Context:
         """For sequences of `length` tokens, with the windows of the final validation."""
-        windows, rotary = train_gpt.final_windows(self.settings), train_gpt.rotary_state(self.settings, self.step)
-        return train_gpt.make_context(self.settings.model, length, windows, self.model.embed, rotary)
+        last = train_gpt.schedule(self.settings, self.settings.total_steps).stage
+        rotary = train_gpt.rotary_state(self.settings, self.step)
+        return train_gpt.make_context(self.settings.model, length, last.windows, self.model.embed, rotary)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -94,12 +94,12 @@ def test_later_token_that_changes_an_earlier_loss_in_training_alone_is_caught(ca
 
 
 def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
-    loss, chunk = "z.logsumexp(-1) - z.gather", "token_losses(x, self.lm_head, y) for x"
+    lse, chunk = "weights.sum() * z.logsumexp(-1)", "token_losses(x, self.lm_head, y, one, torch.float32)"
     stream = "self.stream(inputs, context).split(VAL_CHUNK)"
     cheats = {
-        "a head without the normalizer": [(loss, "20 - z.gather")],
-        "a softmax over a part of the vocabulary": [(loss, "z[:, 1:].logsumexp(-1) - z.gather")],
-        "losses that are cut": [(chunk, chunk.replace(" for", ".clamp(max=6) for"))],
+        "a head without the normalizer": [(lse, "weights.sum() * 20")],
+        "a softmax over a part of the vocabulary": [(lse, "weights.sum() * z[:, 1:].logsumexp(-1)")],
+        "losses that are cut": [(chunk, f"{chunk}.clamp(max=6)")],
         "a model that is told some targets": [
             (stream, stream.replace("inputs,", "torch.where(targets % 7 > 0, inputs, targets),"))
         ],
@@ -179,9 +179,7 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             "        for adam in (False, True, True):"
         ),
         "gc.collect()": "os.environ['TORCHINDUCTOR' '_MAX_AUTOTUNE'] = '1'\n        gc.collect()",
-        "def compiles() -> bool:": (
-            "def only_on_cuda():\n    torch._dynamo.config.recompile_limit = 64\n\n\ndef compiles() -> bool:"
-        ),
+        "def mark(device": ("def only_on_cuda():\n    torch._dynamo.config.recompile_limit = 64\n\n\ndef mark(device"),
     }
     ((_, findings),) = caught("compiler", {"flags": edits.items()})
     lines = (tmp_path / "cheat_0.py").read_text().splitlines()

@@ -68,7 +68,8 @@ with fake_cuda.tensors():
         tied.append(optimizer.tied)
     print(model.fp8, loss.device, loss.dtype, tied)
     print(*to_cpu)
-    context = train_gpt.make_context(settings.model, 16384, train_gpt.final_windows(settings), model.embed)
+    windows = train_gpt.schedule(settings, settings.total_steps).stage.windows
+    context = train_gpt.make_context(settings.model, 16384, windows, model.embed)
     tokens = torch.zeros(16385, dtype=torch.int32, device=world.device)
     each = model.evaluate(tokens[:-1], tokens[1:].long(), context)
     print(each.device, each.dtype, tuple(each.shape))

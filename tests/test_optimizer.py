@@ -9,13 +9,13 @@ import torch
 import train_gpt as program
 from train_gpt import (
     GPT,
-    PARAMETERS,
     PRESETS,
     Layer,
     ModelConfig,
     Optimizer,
     join_float32,
     normuon_update,
+    parameter_table,
     polar_express,
     schedule,
     split_float32,
@@ -352,7 +352,7 @@ class AdamInFloat64:
 
 
 def test_adams_table_is_the_recipes():
-    rows = {name: row for name, row in PARAMETERS.items() if row.kind != "bank"}
+    rows = {name: row for name, row in parameter_table(PRESETS["record"].model).items() if row.kind != "bank"}
     mine = {name: (row.betas, row.lr, row.wd, row.kind == "table") for name, row in rows.items()}
     assert {name: mine[name] for name in ADAM} == ADAM
     assert set(mine) - set(ADAM) == set(), "rows to compare with the recipe, and to add to this test's table"

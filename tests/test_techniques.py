@@ -20,12 +20,11 @@ from train_gpt import (
     Optimizer,
     add_attention,
     begin_stream,
-    final_windows,
     make_context,
     parse_arguments,
     rotary_state,
     schedule,
-    training_loss,
+    token_losses,
 )
 
 RECORD, TINY = PRESETS["record"], PRESETS["tiny"]
@@ -533,7 +532,7 @@ def test_the_multi_token_loss_and_its_gradients_equal_autograds_over_the_plain_e
     x, lm_head = torch.randn(9, 6, generator=generator), 4 * torch.randn(6, 11, generator=generator)
     for targets in ([3, 3, 3, 1, 0, 3, 10, 10, 2], [5] * 9):  # a target may come twice or thrice in a row
         mine = [t.clone().requires_grad_() for t in (x, lm_head)]
-        loss = training_loss(*mine, torch.tensor(targets), torch.tensor(weights))
+        loss = token_losses(*mine, torch.tensor(targets), torch.tensor(weights), torch.float32).sum()
         exact = [t.double().requires_grad_() for t in (x, lm_head)]
         expected = objective(23 * torch.sigmoid((exact[0] @ exact[1] + 5) / 7.5), targets, weights)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -545,7 +544,7 @@ def test_the_gradient_of_the_capped_loss_is_the_recipes_formula():
     targets, weights, columns = [2, 0, 0, 3], (1.0, 0.5, 0.25), 5
     logits = torch.randn(4, columns, generator=torch.Generator().manual_seed(0)) * 6
     x = logits.clone().requires_grad_()
-    training_loss(x, torch.eye(columns), torch.tensor(targets), torch.tensor(weights)).backward()
+    token_losses(x, torch.eye(columns), torch.tensor(targets), torch.tensor(weights), x.dtype).sum().backward()
     for i in range(4):
         s = [1 / (1 + math.exp(-(logit + 5) / 7.5)) for logit in logits[i].tolist()]
         total = sum(math.exp(23 * each) for each in s)
@@ -769,6 +768,11 @@ def test_without_extension_windows_the_extension_keeps_the_last_stages():
     assert replace(settings.all_stages[3], windows=(768, 1664)) == RECORD.all_stages[3]
     assert rotary_state(settings, 1389)[1] == pytest.approx(0.1275175, rel=1e-6)  # YaRN has one growth less to follow
     assert final_windows(settings) == (768, 2560)
+
+
+def final_windows(settings):
+    """The windows of the validation after the last step."""
+    return schedule(settings, settings.total_steps).stage.windows
 
 
 def test_without_long_validation_the_final_windows_are_the_extensions():

@@ -2,10 +2,8 @@
 
 One file holds the whole experiment, to be read from top to bottom: settings, kernels, numerics, attention, model,
 optimizer, data, training, command line. `./run.sh` runs it on every GPU it finds, or on the CPU with a small model;
-`python train_gpt.py --help` lists the options.
-
-Numbers in [brackets] name the record of the public leaderboard (modded-nanogpt) that introduced an idea.
-Importing this file has no side effects.
+`python train_gpt.py --help` lists the options. Numbers in [brackets] name the record of the public leaderboard
+(modded-nanogpt) that introduced an idea. Importing this file has no side effects.
 """
 
 import argparse
@@ -70,7 +68,7 @@ class Layer:
     xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
     single_input: int | None = None  # attention reads the stream as it was after that layer [77]
     skip: int | None = None  # first adds the stream as it was after that layer, gated [55]
-    mudd: bool = False  # coefficients made for each token, in place of learned scalars [81]
+    mudd: tuple[int, int, int] | None = None  # coefficients made for each token; those layers are mixed in again [81]
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class Stage:
 @dataclass(frozen=True)
 class ModelConfig:
     layers: tuple[Layer, ...]
-    mudd_sources: tuple[int, int, int] | None = None  # layers whose output is mixed in again after the last [81]
     vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)", low=1)
     bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
     dim: int = setting(768, "width of the stream", low=1)
@@ -108,10 +105,6 @@ class ModelConfig:
     skip: bool = setting(True, "gated skip connection [55]")
     mudd: bool = setting(True, "MUDD connections [81]")
     head_pairs: bool = setting(True, "orthogonalize Q and K two heads at a time, not whole [80]")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
 
     @property
     def padded_vocab(self) -> int:
@@ -201,20 +194,20 @@ RECORD_LAYERS = (
     Layer(xsa=True),
     Layer(value_embeds=2, xsa=True, single_input=7),
     Layer(paired_heads=True, value_embeds=3, single_input=7),
-    Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=True),
+    Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
 )
 TINY_LAYERS = (
     Layer(paired_heads=True, value_embeds=0),
     Layer(window="long", xsa=True),
     Layer(attention=False, skip=0),
     Layer(value_embeds=1, xsa=True),
-    Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=True),
+    Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=(3, 2, 1)),
 )
 
 PRESETS = {
     "record": Settings(
         preset="record",
-        model=ModelConfig(RECORD_LAYERS, mudd_sources=(7, 9, 3)),
+        model=ModelConfig(RECORD_LAYERS),
         stages=(
             Stage(460, 131_072, 896, windows=(128, 384), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
             Stage(460, 262_144, 2048, windows=(384, 896), lr=1.52, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
@@ -224,9 +217,7 @@ PRESETS = {
     ),
     "tiny": Settings(
         preset="tiny",
-        model=ModelConfig(
-            TINY_LAYERS, mudd_sources=(3, 2, 1), vocab_size=257, bos_id=256, dim=256, heads=4, bigram_dim=64
-        ),
+        model=ModelConfig(TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_dim=64),
         stages=(
             Stage(120, 8192, 512, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
             Stage(120, 8192, 1024, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
@@ -260,7 +251,6 @@ class ParameterRow(NamedTuple):
     wd: float
 
 
-MUDD_HIDDEN = 64
 # MUDD's coefficients at first, before its layer and after the last one: gates of 2, a layer's factors as elsewhere, and
 # the "backout" [40].
 MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
@@ -270,9 +260,9 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
     """The model's parameters, those of a kind in the order in which ranks exchange them."""
     attending, valued, xsa, skip, mudd = map(config.layers_with, ("attention", "value_embeds", "xsa", "skip", "mudd"))
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-    layers, n, mixed = len(config.layers), len(attending), sum(map(len, MUDD_STARTS))
+    layers, n, mixed, hidden = len(config.layers), len(attending), sum(map(len, MUDD_STARTS)), 64  # the last two MUDD's
     together = 2 if config.head_pairs else heads  # adjacent heads of Q or of K in a matrix: Q01, Q23, …, K01, K23, …
-    qk = (n * 2 * heads // together, together * config.head_dim, dim)
+    qk = (n * 2 * heads // together, together * dim // heads, dim)
     bigram = config.bigram and (config.bigram_rows * vocab, config.bigram_dim)
     values = valued and ((1 + max(config.layers[i].value_embeds for i in valued)) * vocab, dim)
     gated = len(set(valued) - set(mudd))  # MUDD makes its own gates
@@ -298,8 +288,8 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
         "skip_gate": ("gate", skip and (12,), 0, (0.9, 0.99), 0.05, 0),
         "attention_gates": ("gate", config.attention_gate and (n, heads, 12), 0, (0.9, 0.99), 1, 1),
         "value_gates": ("gate", gated and (gated, heads, 12), 0, (0.9, 0.99), 1, 1),
-        "mudd_w1": ("gate", mudd and (2, MUDD_HIDDEN, dim), "kaiming", (0.9, 0.99), 0.25, 1),
-        "mudd_w2": ("gate", mudd and (mixed, MUDD_HIDDEN), 0, (0.9, 0.99), 0.25, 1),
+        "mudd_w1": ("gate", mudd and (2, hidden, dim), "kaiming", (0.9, 0.99), 0.25, 1),
+        "mudd_w2": ("gate", mudd and (mixed, hidden), 0, (0.9, 0.99), 0.25, 1),
         "mudd_bias": ("scalar", mudd and (mixed,), "effective values / 0.1", (0.9, 0.99), 0.25, 0),
     }
     return {name: ParameterRow(*row) for name, row in rows.items()}
@@ -333,10 +323,9 @@ def schedule(settings: Settings, step: int) -> Hyper:
     t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
     warm = min(step / settings.momentum_warmup, 1.0)
     cool = max((step - (settings.total_steps - settings.momentum_cooldown)) / settings.momentum_cooldown, 0.0)
-    lr = (1 - t) * stage.lr + t * settings.final_lr
     momentum = settings.momentum - 0.1 * (1 - warm) - 0.1 * cool
     mtp = tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp))
-    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=mtp)
+    return Hyper(stage, lr=(1 - t) * stage.lr + t * settings.final_lr, momentum=momentum, adam=step % 2 == 1, mtp=mtp)
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -356,10 +345,10 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 # What PyTorch has no fast expression for, in Triton: each kernel, what launches it, and the plain expression that it
 # equals, which is what runs on the CPU and in float32. Kernels compute in float32 and round once, at the end.
 
-# How products are cut: rows and columns of a program's block, inner step (in bf16; FP8 has twice that), pipeline
+# How products are cut: a block's side (the MLP's: rows, columns), inner step (in bf16; FP8 has twice that), pipeline
 # stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
 # cards (8.6, 8.9, 12.0). The MLP's go by the capability they begin with: 9 is the first with tensor descriptors (TMA).
-SYMMETRIC_TILES = 128, 128, 64, 4, 8
+SYMMETRIC_TILES = 128, 64, 4, 8
 MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
 
 
@@ -368,33 +357,28 @@ def has_kernels(x: Tensor) -> bool:
 
 
 @jit
-def symmetric_kernel(
-    a, out, n, inner, stride_batch, stride_row, stride_inner, alpha, beta,
-    ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
-):  # fmt: skip
-    """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, inner) of any strides."""
-    across = tl.cdiv(n, COLUMNS)
-    i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, tl.cdiv(n, ROWS), across, 8)
-    if i * ROWS >= (j + 1) * COLUMNS:
+def symmetric_kernel(a, out, n, k, stride_batch, stride_row, stride_k, alpha, beta, SIZE: constexpr, INNER: constexpr):
+    """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, k) of any strides."""
+    across = tl.cdiv(n, SIZE)
+    i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, across, across, 8)
+    if i > j:
         return  # below the diagonal: another block's mirror image, which halves the work
     batch = tl.program_id(1).to(tl.int64)
     a += batch * stride_batch
     out += batch * n * n
-    rows, columns = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, inner, INNER):
-        k = start + tl.arange(0, INNER)
-        left, right = rows[:, None] * stride_row + k * stride_inner, columns * stride_row + k[:, None] * stride_inner
-        left = tl.load(a + left, (rows[:, None] < n) & (k < inner), 0)
-        right = tl.load(a + right, (columns < n) & (k[:, None] < inner), 0)
+    rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for start in range(0, k, INNER):
+        inner = start + tl.arange(0, INNER)
+        left = tl.load(a + (rows[:, None] * stride_row + inner * stride_k), (rows[:, None] < n) & (inner < k), 0)
+        right = tl.load(a + (columns * stride_row + inner[:, None] * stride_k), (columns < n) & (inner[:, None] < k), 0)
         total = tl.dot(left, right, total, input_precision="ieee")
     total *= alpha
     upper = (rows[:, None] <= columns) & (columns < n)
-    here = rows[:, None] * n + columns
     if beta is not None:
-        total += beta * tl.load(a + rows[:, None] * stride_row + columns * stride_inner, upper, 0).to(tl.float32)
+        total += beta * tl.load(a + rows[:, None] * stride_row + columns * stride_k, upper, 0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
-    tl.store(out + here, total, upper)
+    tl.store(out + rows[:, None] * n + columns, total, upper)
     tl.store(out + columns * n + rows[:, None], total, upper)
 
 
@@ -403,11 +387,11 @@ def symmetric_product(a: Tensor, alpha: float = 1, beta: float | None = None) ->
     """alpha A A^T for each matrix of a (n, rows, cols); with `beta`, for symmetric ones, alpha A A^T + beta A."""
     if not has_kernels(a):
         return alpha * (a @ a.mT) if beta is None else torch.baddbmm(a, a, a.mT, beta=beta, alpha=alpha)
-    count, n, inner = a.shape
+    count, n, k = a.shape
     out = a.new_empty(count, n, n)
     *block, stages, warps = SYMMETRIC_TILES
-    grid = triton.cdiv(n, block[0]) * triton.cdiv(n, block[1]), count
-    symmetric_kernel[grid](a, out, n, inner, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
+    grid = triton.cdiv(n, block[0]) ** 2, count
+    symmetric_kernel[grid](a, out, n, k, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
     return out
 
 
@@ -415,17 +399,14 @@ symmetric_product.register_fake(lambda a, alpha=1, beta=None: a.new_empty(a.size
 
 
 @jit
-def mlp_kernel(
-    a, b, scale_a, scale_b, post, out, rows, columns, inner,
-    ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr,
-):  # fmt: skip
-    """Blocks of out = relu(A B^T)^2, or with `post` of out = 2 (A B^T) sqrt(post), from and to tensor descriptors."""
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+def mlp_kernel(a, b, scale_a, scale_b, post, out, n, m, k, ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr):
+    """Blocks of relu(A B^T)^2, or with `post` of 2 (A B^T) sqrt(post): tensor descriptors of A (n, k) and B (m, k)."""
+    down, across = tl.cdiv(n, ROWS), tl.cdiv(m, COLUMNS)
     for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):  # a program a multiprocessor
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, inner, INNER):
-            total = tl.dot(a.load([i * ROWS, k]), b.load([j * COLUMNS, k]).T, total)
+        for start in range(0, k, INNER):
+            total = tl.dot(a.load([i * ROWS, start]), b.load([j * COLUMNS, start]).T, total)
         if scale_a is not None:
             total *= tl.load(scale_a) * tl.load(scale_b)
         halves = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
@@ -550,18 +531,17 @@ E4M3_MAX = 448
 HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
 
 
-def region(function: Callable) -> Callable:
+def region(body: Callable) -> Callable:
     """Compiles a function: on the CPU a copy of it for each length of its first tensor and choice of named options."""
 
     @functools.cache
     def compiled(*kind) -> Callable:
         # PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
-        code = function.__code__.replace()
-        return torch.compile(type(function)(code, globals(), argdefs=function.__defaults__), dynamic=False)
+        return torch.compile(type(body)(body.__code__.replace(), globals(), argdefs=body.__defaults__), dynamic=False)
 
-    @functools.wraps(function)
+    @functools.wraps(body)
     def call(x: Tensor, *inputs, **options):
-        chosen = function if torch.compiler.is_compiling() else compiled(len(x), *options.values())
+        chosen = body if torch.compiler.is_compiling() else compiled(len(x), *options.values())
         return chosen(x, *inputs, **options)
 
     return call
@@ -595,12 +575,9 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, lm_head, targets, weights, fp8):
-        ctx.fp8 = fp8
         if fp8:
             x, lm_head = quantize(x, HEAD_INPUT_SCALE), quantize(lm_head, HEAD_WEIGHT_SCALE)
-            logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE)
-        else:
-            logits = x @ lm_head
+        logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE) if fp8 else x @ lm_head
         losses, logit_grads = loss_op(logits, targets, weights, fp8)  # at once, so that only the gradient is kept
         ctx.save_for_backward(x, lm_head, logit_grads)
         return losses.sum()
@@ -608,7 +585,7 @@ class Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, lm_head, logit_grads = ctx.saved_tensors
-        if not ctx.fp8:
+        if x.dtype != torch.float8_e4m3fn:
             grad = grad.to(x.dtype)
             return grad * (logit_grads @ lm_head.T), grad * (x.T @ logit_grads), None, None, None
         scale = grad * LOGIT_GRAD_SCALE
@@ -690,18 +667,17 @@ def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
 BLOCK = 128  # FlexAttention's block of queries and of keys
 
 
-def rotary_frequencies(head_dim: int) -> Tensor:
+def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Half-truncated rotary [17]: d/4 frequencies in radians a token, for the pairs of the first d/2 channels."""
-    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+    return (1 / 1024) ** torch.linspace(0, 1, config.dim // (4 * config.heads))
 
 
 def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
     """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window until then [31]."""
-    frequencies, scale = rotary_frequencies(settings.model.head_dim), settings.model.attention_scale
+    frequencies, scale = rotary_frequencies(settings.model), settings.model.attention_scale
     for old, new in itertools.pairwise(stage.windows[1] for stage, _ in settings.begun(step)):
         if settings.yarn and new > old:  # stretches what turns once in the old window, but not what turns 32 times
-            rotations, ratio = old * frequencies / (2 * math.pi), old / new
-            keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
+            ratio, keep = old / new, ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
             frequencies, scale = frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
     return frequencies, scale
 
@@ -740,8 +716,7 @@ def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
         """Counts and places of the partial and the full blocks, the nearest first, of each row (1) or column (0)."""
         # From the diagonal on first all are full, then all partial: counting is enough (a sort compiles for minutes).
         all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
-        away = torch.where(block > 0, all_full + block, 0), block + 1
-        # What stands past the count is not read.
+        away = torch.where(block > 0, all_full + block, 0), block + 1  # what stands past the count is not read
         partial, fulls = ((here + way * each).clamp(0, len(block) - 1)[None, None] for each in away)
         return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
 
@@ -757,8 +732,7 @@ def banded_mask(docs: Tensor, window: int) -> Tensor:
     # What fills up the first and the last chunk is a document of its own.
     docs = F.pad(docs, (size, -len(docs) % size), value=-1).unfold(0, 2 * size, size)  # (chunks, 2C)
     back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
-    same = docs[:, size:, None] == docs[:, None]
-    return (same & (back >= 0) & (back <= window))[:, None]
+    return ((docs[:, size:, None] == docs[:, None]) & (back >= 0) & (back <= window))[:, None]
 
 
 @region
@@ -768,14 +742,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
         q, k, v = (x.transpose(0, 1)[None] for x in ((q.float() * scale).to(q.dtype), k, v))  # (1, H, T, d)
         return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
     length, size = len(q), mask.size(2)
-    # Chunks of C tokens, zeros before the first and after the last; of keys and values also the chunk before.
-    fill = (0, 0, 0, 0, size, -length % size)
-    q, k, v = (F.pad(x, fill).unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (1 + chunks, H, C, d)
+    # Chunks (1 + chunks, H, C, d) of C tokens, zeros before and after; of keys and values also the chunk before.
+    q, k, v = (F.pad(x, (0, 0, 0, 0, size, -length % size)).unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))
     k, v = (torch.cat((x[:-1], x[1:]), dim=2) for x in (k, v))  # (chunks, H, 2C, d)
     # Products and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
-    logits = (q[1:] @ k.mT).float() * scale  # (chunks, H, C, 2C)
-    weights = logits.masked_fill(~mask, -math.inf).softmax(-1).to(q.dtype)
-    return (weights @ v).transpose(1, 2).flatten(0, 1)[:length]
+    weights = ((q[1:] @ k.mT).float() * scale).masked_fill(~mask, -math.inf).softmax(-1)  # (chunks, H, C, 2C)
+    return (weights.to(q.dtype) @ v).transpose(1, 2).flatten(0, 1)[:length]
 
 
 # 5. Model =============================================================================================================
@@ -798,7 +770,7 @@ class Context(NamedTuple):
 
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
     """A context of `length` tokens, on `like`'s device and in its dtype, with the next target alone."""
-    frequencies, scale = rotary or (rotary_frequencies(config.head_dim), config.attention_scale)
+    frequencies, scale = rotary or (rotary_frequencies(config), config.attention_scale)
     angles = torch.arange(2 * length, device=like.device)[:, None, None] * frequencies.to(like.device)
     cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
     if like.is_cuda:  # as tensors, so that another window is no other graph
@@ -889,8 +861,7 @@ def mudd_before(x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None, *
 @region
 def mudd_after(x: Tensor, sources: list[Tensor | None], *weights: Tensor) -> Tensor:
     """The stream after the last layer, plus earlier ones, each times its coefficient [81]."""
-    terms = zip(mudd_coefficients(x, *weights, place=1), sources)
-    return sum((factor * source for factor, source in terms if source is not None), x)
+    return sum((c * y for c, y in zip(mudd_coefficients(x, *weights, place=1), sources) if y is not None), x)
 
 
 class GPT(nn.Module):
@@ -898,11 +869,10 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
         super().__init__()
-        self.config, self.table = config, parameter_table(config)
-        self.fp8 = fp8  # 8 bits in the head and the MLP's first product, in `forward` alone
+        self.config, self.table, self.fp8 = config, parameter_table(config), fp8  # 8 bits in `forward` alone
         self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
         self.gated = [i for i in config.layers_with("value_embeds") if not self.rows[i].mudd]
-        self.kept = {n for row in self.rows for n in (row.single_input, row.skip)} | set(config.mudd_sources or ())
+        self.kept = {n for row in self.rows for n in (row.single_input, row.skip, *(row.mudd or ()))}
         bounds = {"uniform": 3**0.5 * 0.5 * config.dim**-0.5, "kaiming": config.dim**-0.5}  # with a = sqrt(5)
         for name, row in self.table.items():
             self.register_parameter(name, None)
@@ -924,9 +894,8 @@ class GPT(nn.Module):
             setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
         self.mlp_bank.data[1::2] = 0
         # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
-        own = torch.Generator().manual_seed(83)
-        signs = 2 * torch.randint(2, (8192, config.bigram_dim), generator=own, device="cpu") - 1
-        self.register_buffer("bigram_signs", signs.to(dtype) if config.bigram else None)
+        signs = torch.randint(2, (8192, config.bigram_dim), generator=torch.Generator().manual_seed(83), device="cpu")
+        self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype) if config.bigram else None)
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
@@ -945,8 +914,12 @@ class GPT(nn.Module):
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
         config, begins, layers = self.config, document_starts(inputs, self.config), self.layers(len(inputs), fp8)
-        masks = self.masks(inputs, context.windows)
         mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
+        docs = (inputs == config.bos_id).cumsum(0)
+        docs = docs, docs.repeat_interleave(2)  # of tokens, and of the positions that paired heads make of them
+        make = block_mask if inputs.is_cuda else banded_mask
+        kinds = dict.fromkeys((row.paired_heads, row.window == "long") for row in self.rows if row.attention)
+        masks = {(paired, long): make(docs[paired], context.windows[long]) for paired, long in kinds}
 
         x = F.embedding(inputs, self.embed)
         weights = self.smear_gate, self.smear_lambda, self.bigram_table, self.bigram_signs, layers[0].mix[3]
@@ -961,31 +934,23 @@ class GPT(nn.Module):
             if layer.skip is not None:  # an earlier stream, through a gate that reads the embedding [55]
                 gate = 2 * torch.sigmoid(self.skip_lambda.to(x.dtype)) * torch.sigmoid(x0[:, :12] @ self.skip_gate)
                 x = x + gate[:, None] * after[layer.skip]
-            if layer.mudd:
-                x, added, mix = mudd_before(x, start, after[config.mudd_sources[0]], added, *mudd)
+            if layer.mudd is not None:
+                sources = [after[n] for n in layer.mudd]
+                x, added, mix = mudd_before(x, start, sources[0], added, *mudd)
                 w, origin = w._replace(mix=mix), start
             if layer.attention:
-                paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
-                read, heads = after.get(layer.single_input, x), config.heads
+                paired, long, read = layer.paired_heads, layer.window == "long", after.get(layer.single_input, x)
+                heads, offset = config.heads, config.key_offset and long
                 q, k, v, gate = project(read, added, begins, context[:2], w, heads, offset=offset, paired=paired)
-                y = attend(q, k, v, masks[paired, layer.window], context.scale)
+                y = attend(q, k, v, masks[paired, long], context.scale)
                 # Layer 0 has the bigram embedding from the start.
                 x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired=paired)
             x = add_mlp(x, w)
             if i in self.kept:
                 after[i] = x
         if self.mudd_w1 is not None:
-            first, second, third = (after[i] for i in config.mudd_sources)
-            x = mudd_after(x, [start, first, second, values.get(0), third], *mudd)
+            x = mudd_after(x, [start, *sources[:2], values.get(0), sources[2]], *mudd)
         return norm(x)
-
-    def masks(self, inputs: Tensor, windows) -> dict[tuple[bool, str], BlockMask | Tensor]:
-        """The mask of every kind of attention that the table has: with paired heads, over twice the positions."""
-        docs = (inputs == self.config.bos_id).cumsum(0)
-        docs, windows = {False: docs, True: docs.repeat_interleave(2)}, dict(zip(("short", "long"), windows))
-        kinds = dict.fromkeys((layer.paired_heads, layer.window) for layer in self.rows if layer.attention)
-        make = block_mask if inputs.is_cuda else banded_mask
-        return {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
 
     def layers(self, length: int, fp8: bool) -> list[LayerWeights]:
         """What each layer has of the parameters: matrices times their scalars [47], all in the dtype of the stream."""
@@ -1060,10 +1025,10 @@ def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_s
     value = p if low is None else join_float32(p, low)
     step = lr * factors
     value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
-    top, bottom = (value, None) if low is None else split_float32(value)
-    p.copy_(top)
     if low is not None:
+        value, bottom = split_float32(value)
         low.copy_(bottom)
+    p.copy_(value)
 
 
 def resize(saved: Tensor, rows: int) -> Tensor:
@@ -1076,10 +1041,9 @@ class Optimizer:
 
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.params, self.state, self.factors = dict(model.named_parameters()), {}, {}
+        self.params, self.table, self.state, self.factors = dict(model.named_parameters()), model.table, {}, {}
         kinds = ("bank",), ("table",), ("gate", "scalar")
-        groups = ([name for name in self.params if model.table[name].kind in kind] for kind in kinds)
-        self.table, (self.banks, self.tables, self.small) = model.table, groups
+        self.banks, self.tables, self.small = ([n for n in self.params if self.table[n].kind in kind] for kind in kinds)
         self.muon = self.banks if settings.muon else []  # the parameters that are NorMuon's
         self.sharded = self.banks + self.tables if world_size > 1 else []  # those of which each rank updates a part
         # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
@@ -1087,16 +1051,15 @@ class Optimizer:
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
         self.updates, self.tied = 0, settings.stages[0].tied  # Adam's t: embed, once untied, takes over the head's
         for name, p in self.params.items():
-            part = self.share(name, p.data)
-            zeros = torch.zeros_like(part, dtype=torch.float32)
+            zeros = torch.zeros_like(self.share(name, p.data), dtype=torch.float32)
             state = self.state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             if name in self.muon:
                 count, rows, cols = p.shape
                 state["exp_avg_sq"] = zeros.mean(-1 if rows >= cols else -2, keepdim=True)
-                if part.dtype == torch.bfloat16:
-                    state["low"] = torch.zeros_like(part, dtype=torch.uint16)
+                if p.dtype == torch.bfloat16:
+                    state["low"] = torch.zeros_like(zeros, dtype=torch.uint16)
                 # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
-                factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=part.device)
+                factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=p.device)
                 factors[1::2] *= 2 if name == "mlp_bank" else 1
                 self.factors[name] = self.share(name, factors)
 
@@ -1167,20 +1130,18 @@ class Optimizer:
         first = dist.all_to_all_single(index, rows, *splits, async_op=True)
         yield dist.all_to_all_single(values, grad[rows], *splits, async_op=True)
         first.wait()
-        total = torch.zeros(size, grad.size(1), device=grad.device)
-        total.index_add_(0, index % size, values.float())
+        total = torch.zeros(size, grad.size(1), device=grad.device).index_add_(0, index % size, values.float())
         return (total / self.world_size).to(grad.dtype)
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
         """Updates this rank's part of a parameter, with its part of the gradient."""
-        settings, state, part = self.settings, self.state[name], self.share(name, self.params[name].data)
+        settings, row, state = self.settings, self.table[name], self.state[name]
+        part = self.share(name, self.params[name].data)
         if name in self.muon:
             numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
             normuon_update(part, grad, self.factors[name], *map(torch.tensor, numbers), **state)
         else:
-            row = self.table[name]
-            lr = settings.adam_lr * hyper.lr * row.lr
-            bias = [1 - beta**self.updates for beta in row.betas]
+            lr, bias = settings.adam_lr * hyper.lr * row.lr, (1 - beta**self.updates for beta in row.betas)
             numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
             adam_update(*(x.view(-1) for x in (part, grad, *state.values())), *map(torch.tensor, numbers))
 

@@ -111,7 +111,7 @@ def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows
     for (paired, window), layers in kinds.items():
         pair = 2 if paired else 1
         each, width = docs.repeat_interleave(pair), windows[window == "long"]
-        shape = len(each), config.heads // pair, config.head_dim
+        shape = len(each), config.heads // pair, config.dim // config.heads
         qkv = [torch.randn(shape, device=docs.device, dtype=dtype, requires_grad=trains) for _ in range(3)]
         attention = make(each, width, scale)
         once = milliseconds(attention, *qkv)

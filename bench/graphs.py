@@ -29,7 +29,7 @@ def parts(settings, model):
     objective = torch.compile(fake_cuda.place(model), dynamic=False, fullgraph=True)
 
     def sequence(length: int):
-        table = empty(2 * length, 1, config.head_dim // 4, dtype=dtype)
+        table = empty(2 * length, 1, config.dim // config.heads // 4, dtype=dtype)
         windows = empty(dtype=torch.int64), empty(dtype=torch.int64)
         context = train_gpt.Context(table, table, empty(), windows, empty(len(settings.stages[0].mtp[0])))
         return empty(length, dtype=torch.int32), empty(length, dtype=torch.int64), context

@@ -67,7 +67,7 @@ class ReferenceGPT:
         self.attending = [i for i in table if config.layers[i].attention]
         self.excluding = [i for i in table if config.layers[i].xsa]
         self.valued = [i for i in table if config.layers[i].value_embeds is not None]
-        self.mixing = [i for i in table if config.layers[i].mudd and config.mudd]
+        self.mixing = [i for i in table if config.layers[i].mudd is not None and config.mudd]
         self.gated = [i for i in self.valued if i not in self.mixing]
 
     def logits(self, tokens, windows, rotary=None):
@@ -100,7 +100,7 @@ class ReferenceGPT:
                 x = x + gate[:, None] * caches[layer.skip]
             if i in self.mixing:
                 mu = self.coefficients(x, place=0)
-                cache7 = caches[c.mudd_sources[0]]
+                cache7 = caches[layer.mudd[0]]
                 gates = torch.cat((mu[6].expand(T, c.heads // 2), mu[7].expand(T, c.heads // 2)), dim=1)
                 to_v = self.per_head(gates, to_v) + mu[0] * cache0 + mu[1] * cache7 + mu[2] * x
                 x = (1 + mu[5]) * x + mu[3] * cache0 + mu[4] * cache7
@@ -118,7 +118,7 @@ class ReferenceGPT:
 
         if self.mixing:
             mu = self.coefficients(x, place=1)
-            cache7, cache9, cache3 = (caches[i] for i in c.mudd_sources)
+            cache7, cache9, cache3 = (caches[i] for i in c.layers[self.mixing[0]].mudd)
             e0 = self.value_rows(next((c.layers[i] for i in self.valued if c.layers[i].value_embeds == 0), None))
             x = x + mu[0] * cache0 + mu[1] * cache7 + mu[2] * cache9 + mu[3] * e0 + mu[4] * cache3
         return 23 * sigmoid((norm(x) @ p["lm_head"] + 5) / 7.5)

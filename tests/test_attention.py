@@ -267,10 +267,11 @@ def test_new_windows_and_documents_compile_nothing_anew():
 
 
 def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
-    frequencies = rotary_frequencies(128).tolist()
+    frequencies = rotary_frequencies(ModelConfig((), dim=128, heads=1)).tolist()
     assert frequencies == pytest.approx([1024 ** (-j / 31) for j in range(32)], rel=1e-6)
     assert (frequencies[0], frequencies[-1]) == pytest.approx((1, 1 / 1024), rel=1e-6)
-    assert rotary_frequencies(12).tolist() == pytest.approx([1, 1 / 32, 1 / 1024], rel=1e-6)
+    frequencies = rotary_frequencies(ModelConfig((), dim=24, heads=2)).tolist()
+    assert frequencies == pytest.approx([1, 1 / 32, 1 / 1024], rel=1e-6)
 
 
 def norm_and_rotate(x):

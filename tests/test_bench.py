@@ -115,7 +115,7 @@ def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
     import kernels
 
     kept = {name: getattr(train_gpt, name) for name in (*kernels.KERNELS, "has_kernels")}
-    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (128, 128, 128, 5, 8))
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (128, 128, 5, 8))
     monkeypatch.setattr(torch.cuda, "get_device_properties", None)
     first = next(kernels.cases("cpu", 16))
     monkeypatch.setattr(kernels, "cases", lambda device, tokens: [first])

@@ -943,7 +943,7 @@ SCALARS = [
     field
     for owner in (program.Settings, program.ModelConfig)
     for field in dataclasses.fields(owner)
-    if field.name not in ("preset", "model", "stages", "extension", "layers", "mudd_sources")
+    if field.name not in ("preset", "model", "stages", "extension", "layers")
 ]
 
 

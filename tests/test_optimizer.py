@@ -62,9 +62,8 @@ MODEL = ModelConfig(
     layers=(
         Layer(value_embeds=0),
         Layer(attention=False, skip=0),
-        Layer(window="long", value_embeds=1, xsa=True, mudd=True),
+        Layer(window="long", value_embeds=1, xsa=True, mudd=(0, 1, 1)),
     ),
-    mudd_sources=(0, 1, 1),
     vocab_size=100,
     bos_id=99,
     dim=32,
@@ -386,7 +385,7 @@ def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_flo
 
 
 def test_a_model_whose_only_value_embedding_is_the_mudd_layers_has_no_parameter_without_a_gradient():
-    layers = Layer(), Layer(attention=False, skip=0), Layer(value_embeds=0, mudd=True)
+    layers = Layer(), Layer(attention=False, skip=0), Layer(value_embeds=0, mudd=(0, 1, 1))
     config = replace(MODEL, layers=layers)
     model = GPT(config)
     tokens = torch.randint(100, (33,), generator=torch.Generator().manual_seed(0))

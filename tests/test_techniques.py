@@ -47,9 +47,8 @@ SMALL = ModelConfig(
         Layer(attention=False, skip=1),
         Layer(paired_heads=True, value_embeds=2, single_input=2),
         Layer(xsa=True),
-        Layer(window="long", value_embeds=3, xsa=True, single_input=2, mudd=True),
+        Layer(window="long", value_embeds=3, xsa=True, single_input=2, mudd=(2, 5, 1)),
     ),
-    mudd_sources=(2, 5, 1),
     vocab_size=61,
     bos_id=BOS,
     dim=32,
@@ -185,21 +184,20 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
 def test_the_records_layers_are_those_of_the_recipe():
     rows = [
         # attention, paired, window, value embedding, what attention reads, XSA, skip, MUDD
-        (True, True, "short", None, None, False, None, False),
-        (True, False, "short", 0, None, True, None, False),
-        (True, True, "short", 1, None, False, None, False),
-        (True, False, "long", None, None, True, None, False),
-        (True, False, "short", None, None, True, None, False),
-        (True, True, "short", None, None, False, None, False),
-        (False, False, "short", None, None, False, 3, False),
-        (True, False, "short", None, None, True, None, False),
-        (True, False, "short", 2, 7, True, None, False),
-        (True, True, "short", 3, 7, False, None, False),
-        (True, False, "long", 4, 7, True, None, True),
+        (True, True, "short", None, None, False, None, None),
+        (True, False, "short", 0, None, True, None, None),
+        (True, True, "short", 1, None, False, None, None),
+        (True, False, "long", None, None, True, None, None),
+        (True, False, "short", None, None, True, None, None),
+        (True, True, "short", None, None, False, None, None),
+        (False, False, "short", None, None, False, 3, None),
+        (True, False, "short", None, None, True, None, None),
+        (True, False, "short", 2, 7, True, None, None),
+        (True, True, "short", 3, 7, False, None, None),
+        (True, False, "long", 4, 7, True, None, (7, 9, 3)),  # cache7, cache9 and cache3
     ]
     names = "attention", "paired_heads", "window", "value_embeds", "single_input", "xsa", "skip", "mudd"
     assert [tuple(getattr(layer, name) for name in names) for layer in RECORD.model.layers] == rows
-    assert RECORD.model.mudd_sources == (7, 9, 3)  # cache7, cache9 and cache3
     assert all(getattr(RECORD.model, name) for name in SWITCHES)
     assert (RECORD.model.attention_scale, RECORD.model.bigram_rows, RECORD.model.bigram_dim) == (0.1, 15, 192)
 
@@ -668,7 +666,7 @@ def plain_gpt(config, p, tokens, targets, windows):
 
 @pytest.mark.parametrize("layers", [SMALL.layers, RECORD.model.layers], ids=["small", "record"])
 def test_without_any_technique_the_losses_are_those_of_a_plain_gpt(layers):
-    model = random_model(replace(SMALL, layers=layers, mudd_sources=(7, 9, 3), **PLAIN))
+    model = random_model(replace(SMALL, layers=layers, **PLAIN))
     assert len(inspect.getsource(plain_gpt).splitlines()) <= 40
     tokens, targets = torch.tensor(INPUTS), torch.tensor(TARGETS)
     mine = model.evaluate(tokens, targets, make_context(model.config, len(tokens), WINDOWS, model.embed))

@@ -37,7 +37,7 @@ def small_device(monkeypatch):
     monkeypatch.setattr(train_gpt, "has_kernels", lambda x: x.dtype != FLOAT32)
     gpu = SimpleNamespace(major=9, multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (16, 32, 16, 2, 4))
+    monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (16, 16, 2, 4))
     monkeypatch.setattr(train_gpt, "MLP_TILES", {9: (16, 32, 16, 2, 4)})
     yield
 

@@ -8,6 +8,7 @@ optimizer, data, training, command line. `./run.sh` runs it on every GPU it find
 
 import argparse
 import collections
+import contextlib
 import difflib
 import functools
 import gc
@@ -916,10 +917,10 @@ class GPT(nn.Module):
         config, begins, layers = self.config, document_starts(inputs, self.config), self.layers(len(inputs), fp8)
         mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
         docs = (inputs == config.bos_id).cumsum(0)
-        docs = docs, docs.repeat_interleave(2)  # of tokens, and of the positions that paired heads make of them
-        make = block_mask if inputs.is_cuda else banded_mask
-        kinds = dict.fromkeys((row.paired_heads, row.window == "long") for row in self.rows if row.attention)
-        masks = {(paired, long): make(docs[paired], context.windows[long]) for paired, long in kinds}
+        docs = {False: docs, True: docs.repeat_interleave(2)}  # paired heads have twice the positions
+        make, windows = block_mask if inputs.is_cuda else banded_mask, dict(zip(("short", "long"), context.windows))
+        kinds = dict.fromkeys((row.paired_heads, row.window) for row in self.rows if row.attention)
+        masks = {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
 
         x = F.embedding(inputs, self.embed)
         weights = self.smear_gate, self.smear_lambda, self.bigram_table, self.bigram_signs, layers[0].mix[3]
@@ -939,10 +940,10 @@ class GPT(nn.Module):
                 x, added, mix = mudd_before(x, start, sources[0], added, *mudd)
                 w, origin = w._replace(mix=mix), start
             if layer.attention:
-                paired, long, read = layer.paired_heads, layer.window == "long", after.get(layer.single_input, x)
-                heads, offset = config.heads, config.key_offset and long
+                paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
+                read, heads = after.get(layer.single_input, x), config.heads
                 q, k, v, gate = project(read, added, begins, context[:2], w, heads, offset=offset, paired=paired)
-                y = attend(q, k, v, masks[paired, long], context.scale)
+                y = attend(q, k, v, masks[paired, layer.window], context.scale)
                 # Layer 0 has the bigram embedding from the start.
                 x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired=paired)
             x = add_mlp(x, w)
@@ -1237,9 +1238,8 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
     if (epochs := len(ends) // len(paths) + 1) > settings.epochs:
         parts = plan[: ends[settings.epochs * len(paths) - 1]], plan
         have, need = (sum(batch.length * settings.slices for batch in part) for part in parts)
-        found = f"{have:,} in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
-        wanted = f"the run needs {need:,}; add shards, or use --epochs {epochs}"
-        raise UserError(f"{settings.train_files}: too few training tokens: {found}, but {wanted}")
+        found = f"{have:,} of {need:,}, in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
+        raise UserError(f"{settings.train_files}: too few tokens: {found}; add shards, or use --epochs {epochs}")
     return plan, {path: int(bounds(path)[-1]) for path in paths[: len(ends) + 1]}
 
 
@@ -1250,11 +1250,9 @@ def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
         if batches[-1].documents[-1] >= len(bounds):
             raise UserError(f"{batches[-1].path}: changed while the run was reading it")
         for batch in batches:
-            rows = []
-            for s in slices:
-                edges = itertools.pairwise(bounds[batch.documents[s] : batch.documents[s + 1] + 1])
-                pieces = [tokens[start:end][: batch.max_seq_len] for start, end in edges]
-                rows.append(np.concatenate(pieces)[: batch.length + 1])
+            edges = [itertools.pairwise(bounds[batch.documents[s] : batch.documents[s + 1] + 1]) for s in slices]
+            pieces = ([tokens[start:end][: batch.max_seq_len] for start, end in each] for each in edges)
+            rows = [np.concatenate(each)[: batch.length + 1] for each in pieces]
             yield torch.from_numpy(np.stack(rows).astype(np.int32))
 
 
@@ -1290,7 +1288,6 @@ def prefetch(items):
 # 8. Training ==========================================================================================================
 # A process and its device, the clock, one step, the warm-up that leaves no trace, the log, checkpoints, and the loop.
 
-
 World = collections.namedtuple("World", "rank size device")  # this process among the others, and its device
 
 
@@ -1308,10 +1305,8 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    on_cpu = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
     return torch.bfloat16 if native else torch.float32
 
 
@@ -1338,24 +1333,19 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
 
 def compile_or_not(settings: Settings) -> str:
     """Lets what follows run uncompiled if the settings say so, or a graph of one addition does not compile."""
-    how = "uncompiled"
-    try:
-        if settings.compile:
+    if settings.compile:
+        with contextlib.suppress(Exception):
             torch.compile(lambda x: x + 1)(torch.zeros(16))
             return "compiling"
-    except Exception:
-        how = "uncompiled, as no working C++ compiler was found,"
     torch.compiler.set_stance("force_eager")
-    return how
+    return "uncompiled, as no working C++ compiler was found," if settings.compile else "uncompiled"
 
 
 def mark(device: torch.device):
     """A point in the device's work, for `elapsed`: the clock of a run is the time between two of them."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
 
 def elapsed(begin, end) -> float:
@@ -1403,8 +1393,7 @@ def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
     """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared out over ranks."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for sequence in sequences[world.rank :: world.size]:
-        tokens = sequence.to(world.device)
+    for tokens in sequences[world.rank :: world.size].to(world.device):
         total += model.evaluate(tokens[:-1], tokens[1:].long(), context).sum(dtype=torch.float64)
     if world.size > 1:
         dist.all_reduce(total)
@@ -1429,8 +1418,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
             optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
-    final = schedule(settings, settings.total_steps).stage
-    for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
+    for windows in dict.fromkeys(schedule(settings, step).stage.windows for step in range(settings.total_steps + 1)):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
 
@@ -1442,10 +1430,9 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
 
 def output_of(*command: str) -> str:
     """What a program prints, started where this file lies; `none` if there is no such program, or it fails."""
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
+    return "none"
 
 
 def hardware_name(world: World) -> str:
@@ -1459,15 +1446,13 @@ def hardware_name(world: World) -> str:
 def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> str:
     """Source, environment, settings and data, so that the log alone says what was run."""
     rule, source = "=" * 100, Path(__file__).read_bytes()
+    smi = [output_of("nvidia-smi")] if world.device.type == "cuda" else []
+    git = output_of(*"git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split())
     lines = [rule, f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}"]
     lines += [f"python: {platform.python_version()}", f"pytorch: {torch.__version__}"]
     lines += [f"cuda: {torch.version.cuda or 'none'}", f"triton: {triton.__version__ if triton else 'none'}"]
-    lines += [f"hardware: {hardware_name(world)}"]
-    if world.device.type == "cuda":
-        lines.append(output_of("nvidia-smi"))
-    git = "git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split()
-    lines += [f"world size: {world.size}", f"git: {output_of(*git).replace('-', ' ')}"]
-    lines += [f"settings: {json.dumps(asdict(settings))}"]
+    lines += [f"hardware: {hardware_name(world)}", *smi, f"world size: {world.size}"]
+    lines += [f"git: {git.replace('-', ' ')}", f"settings: {json.dumps(asdict(settings))}"]
     lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
     return "\n".join((source.decode().removesuffix("\n"), *lines, rule))
 
@@ -1633,12 +1618,12 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
     """Steps and validations, from step `first` on. Nothing in a step waits for the device."""
     config, stages, device = settings.model, settings.all_stages, world.device
     total, own = settings.total_steps, settings.slices // world.size
-    delay = 8 if device.type == "cuda" else 0  # steps after which a loss is looked at: it has long arrived
     pending = collections.deque()  # step, loss and wishes to stop on their way, and when the step has ended
     stopping, signals = False, []
-    work = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage)) for stage in stages]
-    work = np.repeat(work, [stage.steps for stage in stages], axis=0).cumsum(0)  # tokens and FLOP until after a step
     peak = measure_peak(device, model.embed.dtype) * world.size
+    work = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage) / peak) for stage in stages]
+    # Tokens, and seconds at the floor's speed, until after a step.
+    work = np.repeat(work, [stage.steps for stage in stages], axis=0).cumsum(0)
 
     def report(late: int) -> bool:
         """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop by then."""
@@ -1648,25 +1633,20 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
             passed = milliseconds + elapsed(begin, end)  # waits until the pair is there
             loss, wishes = pair.tolist()
             log.loss(step, "train_loss", loss, passed)
-            tokens, flops = work[step - 1] / passed * 1000
-            status = f"loss {loss:.4f}, {tokens:,.0f} tokens/s, {flops / peak:.0%} of the floor's speed"
-            bar.set_postfix_str(status, refresh=False)
+            speed, share = work[step - 1] / passed * 1000
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the floor", refresh=False)
             bar.update()
         return wishes > 0
 
-    def prepare(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        rows = [touched_rows(tokens, config)] if optimizer.sparse else []
-        return tokens.pin_memory() if device.type == "cuda" else tokens, rows
-
-    slices = range(world.rank * own, (world.rank + 1) * own)
-    batches = prefetch(map(prepare, training_batches(plan[first:], config, slices)))
-    mtp = torch.tensor([schedule(settings, step).mtp for step in range(total)], device=device)
-    context = stage = None
+    batches = training_batches(plan[first:], config, range(world.rank * own, (world.rank + 1) * own))
+    batches = ((tokens, [touched_rows(tokens, config)] if optimizer.sparse else []) for tokens in batches)
+    batches = prefetch((tokens.pin_memory() if device.type == "cuda" else tokens, rows) for tokens, rows in batches)
+    hypers = [schedule(settings, step) for step in range(total + 1)]
+    mtp = torch.tensor([hyper.mtp for hyper in hypers], device=device)
     catch_signals(signals)
     begin = mark(device)
-    for step in range(first, total + 1):
-        hyper = schedule(settings, step)
-        validates = step == total or (step % settings.val_every == 0 and (step > first or step == 0))
+    for step, hyper in enumerate(hypers[first:], first):
+        validates = step in (0, total) or (step > first and step % settings.val_every == 0)
         saves = step > first and settings.checkpoint_every and (stopping or step % settings.checkpoint_every == 0)
         saves = saves or settings.checkpoint_last and (stopping or step == total)
         if validates or saves or stopping:
@@ -1684,16 +1664,16 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
             begin = mark(device)
         if step == total:
             break
-        if hyper.stage != stage:
-            stage = hyper.stage
-            context = make_context(config, plan[step].length, stage.windows, model.embed, rotary_state(settings, step))
+        if step == first or hyper.stage != hypers[step - 1].stage:
+            rotary = rotary_state(settings, step)
+            context = make_context(config, plan[step].length, hyper.stage.windows, model.embed, rotary)
         tokens, rows = next(batches)
         optimizer.touched += rows
         tokens = tokens.to(device, non_blocking=True)
         loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
         optimizer.step(hyper)
         pending.append((step + 1, batch_loss(loss, bool(signals), world), mark(device)))
-        stopping = report(delay)
+        stopping = report(late=8 if device.type == "cuda" else 0)  # so late a loss has long arrived
 
 
 # 9. Command line ======================================================================================================
@@ -1705,8 +1685,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-    common = math.gcd(*batches)
-    divisors = [n for n in range(1, common + 1) if common % n == 0]
+    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(n, *batches) == n]
     size = min(divisors, key=lambda n: abs(n - world_size))
     near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
     numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and world size {world_size}"
@@ -1754,9 +1733,8 @@ def print_plan(settings: Settings, world: World) -> None:
     for name, p in model.named_parameters():
         row, shape = model.table[name], " x ".join(map(str, p.shape))
         start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
-        how = "Adam", row.lr, row.wd, row.betas
-        if settings.muon and row.kind == "bank":
-            how = "NorMuon", 1, 1, (settings.momentum, settings.muon_beta2)
+        adam, muon = ("Adam", row.lr, row.wd, row.betas), ("NorMuon", 1, 1, (settings.momentum, settings.muon_beta2))
+        how = muon if settings.muon and row.kind == "bank" else adam
         print(columns.format(name, shape, f"{p.numel():,}", start, *map(str, how)))
     size = {name: p.numel() for name, p in model.named_parameters()}
     active = {"head": size["lm_head"], "MLP": size["mlp_bank"], "attention": size["qk_bank"] + size["vo_bank"]}
@@ -1790,12 +1768,10 @@ def option(name: str) -> str:
 def convert(f: Field, kind: type, text: str):
     """An option's text as a value of the field; UserError if it cannot be one."""
     low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 - 1 if kind is int else math.inf)
-    try:
+    with contextlib.suppress(KeyError, ValueError):
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         if kind is str or low <= value <= high:
             return value
-    except (KeyError, ValueError):
-        pass
     wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
     limits = "".join(f", {words} {n}" for words, n in (("at least", low), ("at most", high)) if math.isfinite(n))
     raise UserError(f"{option(f.name)} {text}: must be {wanted}{limits}")
@@ -1812,13 +1788,12 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first])
     for holder, title in ((preset, "run"), (preset.model, "model")):
         group = parser.add_argument_group(f"{title} (defaults of {preset.preset})")
-        for f in fields(holder):
-            if "help" in f.metadata:
-                kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
-                shown = " (default: %(default)s)" if default not in (None, "") else ""
-                how = {"nargs": "?", "const": True} if kind is bool else {"choices": f.metadata.get("choices")}
-                how |= {"metavar": kind.__name__.upper(), "default": default, "help": f.metadata["help"] + shown}
-                group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
+        for f in (f for f in fields(holder) if "help" in f.metadata):
+            kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
+            shown = " (default: %(default)s)" if default not in (None, "") else ""
+            how = {"nargs": "?", "const": True} if kind is bool else {"choices": f.metadata.get("choices")}
+            how |= {"metavar": kind.__name__.upper(), "default": default, "help": f.metadata["help"] + shown}
+            group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], map(option, vars(parsed)), n=1, cutoff=0.0)

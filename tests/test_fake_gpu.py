@@ -39,14 +39,14 @@ def dispatch(mode, function, types, inputs=(), options=None, *, inner=FakeTensor
     return output
 
 
-class Event:
-    def __init__(self, enable_timing): ...
-    def record(self): ...
-    def synchronize(self): ...
+class Stream:
+    def record_event(self, event):
+        return event
 
 
 to_cpu = set()
-torch.cuda.Event, torch.tensor, FakeTensorMode.__torch_dispatch__ = Event, new_tensor, dispatch
+torch.cuda.current_stream, torch.cuda.Event = Stream, lambda enable_timing: None
+torch.tensor, FakeTensorMode.__torch_dispatch__ = new_tensor, dispatch
 torch.compiler.set_stance("force_eager")
 settings = train_gpt.PRESETS["tiny"]
 world = train_gpt.World(0, 1, torch.device("cuda", 0))

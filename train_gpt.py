@@ -268,9 +268,9 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
     values = valued and ((1 + max(config.layers[i].value_embeds for i in valued)) * vocab, dim)
     gated = len(set(valued) - set(mudd))  # MUDD makes its own gates
     rows = {
+        "bigram_table": ("table", bigram, 0, (0.75, 0.95), 75, 5),
         "lm_head": ("table", (dim, vocab), "normal 0.005", (0.5, 0.95), 1, 150),
         "embed": ("table", (vocab, dim), "lm_head^T", (0.5, 0.95), 1, 150),
-        "bigram_table": ("table", bigram, 0, (0.75, 0.95), 75, 5),
         "qk_bank": ("bank", qk, "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
         "vo_bank": ("bank", (n * 2, dim, dim), "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),  # a layer's V, O
         # A layer's in and out, the latter transposed.
@@ -918,7 +918,8 @@ class GPT(nn.Module):
         mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
         docs = (inputs == config.bos_id).cumsum(0)
         docs = {False: docs, True: docs.repeat_interleave(2)}  # paired heads have twice the positions
-        make, windows = block_mask if inputs.is_cuda else banded_mask, dict(zip(("short", "long"), context.windows))
+        windows = dict(zip(("short", "long"), context.windows))
+        make = block_mask if inputs.is_cuda else banded_mask
         kinds = dict.fromkeys((row.paired_heads, row.window) for row in self.rows if row.attention)
         masks = {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
 

@@ -49,8 +49,8 @@ except ImportError:  # macOS, or a CPU without it
 jit = triton.jit if triton else lambda kernel: kernel
 
 # 1. Settings ==========================================================================================================
-# The experiment is two tables, a row a layer and a row a stage, and the scalars below them. An attempt at a record is
-# mostly an edit here. Every scalar can also be set from the command line: `--seed 7`, `--muon-lr 0.02`.
+# The experiment is two tables, a row a layer (RECORD_LAYERS) and a row a stage (PRESETS), and the scalars above them.
+# An attempt at a record is mostly an edit there. Every scalar is also an option: `--seed 7`, `--muon-lr 0.02`.
 
 
 def setting(default, help: str, **limits):
@@ -68,8 +68,8 @@ class Layer:
     value_embeds: int | None = None  # the table of value embeddings that is mixed into v [14]
     xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
     single_input: int | None = None  # attention reads the stream as it was after that layer [77]
-    skip: int | None = None  # first adds the stream as it was after that layer, gated [55]
-    mudd: tuple[int, int, int] | None = None  # coefficients made for each token; those layers are mixed in again [81]
+    skip: int | None = None  # first adds the stream as it was after that layer, through the one gate [55]
+    mudd: tuple[int, int, int] | None = None  # mixed in by token: the first before it, all after the last layer [81]
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Stage:
     batch_tokens: int
     max_seq_len: int  # documents are cut to this many tokens
     windows: tuple[int, int]  # short and long attention window, tokens
-    lr: float  # multiplies every learning rate
-    mtp: tuple[tuple[float, ...], tuple[float, ...]]  # weights of the next targets, from the stage's start to its end
-    tied: bool = False  # embed is the transpose of lm_head [51]
+    lr: float  # multiplies every learning rate; the cooldown fades it out
+    mtp: tuple[tuple[float, ...], tuple[float, ...]]  # weights of the next K targets, at first and last; one K for all
+    tied: bool = False  # embed is the transpose of lm_head, up to the first stage without [51]
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ class ParameterRow(NamedTuple):
     wd: float
 
 
-# MUDD's coefficients at first, before its layer and after the last one: gates of 2, a layer's factors as elsewhere, and
-# the "backout" [40].
+# MUDD's coefficients at first. Before its layer: three added to v, three to the stream, two value gates, and the six of
+# a layer's `mix`. After the last layer: one for each of five earlier streams; -0.5 is the "backout" [40].
 MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
 
 
@@ -261,7 +261,7 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
     """The model's parameters, those of a kind in the order in which ranks exchange them."""
     attending, valued, xsa, skip, mudd = map(config.layers_with, ("attention", "value_embeds", "xsa", "skip", "mudd"))
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-    layers, n, mixed, hidden = len(config.layers), len(attending), sum(map(len, MUDD_STARTS)), 64  # the last two MUDD's
+    layers, n, mixed = len(config.layers), len(attending), sum(map(len, MUDD_STARTS))
     together = 2 if config.head_pairs else heads  # adjacent heads of Q or of K in a matrix: Q01, Q23, …, K01, K23, …
     qk = (n * 2 * heads // together, together * dim // heads, dim)
     bigram = config.bigram and (config.bigram_rows * vocab, config.bigram_dim)
@@ -289,8 +289,8 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
         "skip_gate": ("gate", skip and (12,), 0, (0.9, 0.99), 0.05, 0),
         "attention_gates": ("gate", config.attention_gate and (n, heads, 12), 0, (0.9, 0.99), 1, 1),
         "value_gates": ("gate", gated and (gated, heads, 12), 0, (0.9, 0.99), 1, 1),
-        "mudd_w1": ("gate", mudd and (2, hidden, dim), "kaiming", (0.9, 0.99), 0.25, 1),
-        "mudd_w2": ("gate", mudd and (mixed, hidden), 0, (0.9, 0.99), 0.25, 1),
+        "mudd_w1": ("gate", mudd and (2, 64, dim), "kaiming", (0.9, 0.99), 0.25, 1),
+        "mudd_w2": ("gate", mudd and (mixed, 64), 0, (0.9, 0.99), 0.25, 1),
         "mudd_bias": ("scalar", mudd and (mixed,), "effective values / 0.1", (0.9, 0.99), 0.25, 0),
     }
     return {name: ParameterRow(*row) for name, row in rows.items()}
@@ -343,8 +343,8 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 
 # 2. Kernels ===========================================================================================================
-# What PyTorch has no fast expression for, in Triton: each kernel, what launches it, and the plain expression that it
-# equals, which is what runs on the CPU and in float32. Kernels compute in float32 and round once, at the end.
+# What PyTorch has no fast expression for, in Triton: each kernel and what launches it. On the CPU and in float32 plain
+# PyTorch runs instead: `token_losses` for the loss, a line of `add_mlp`. Kernels compute in float32 and round once.
 
 # How products are cut: a block's side (the MLP's: rows, columns), inner step (in bf16; FP8 has twice that), pipeline
 # stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
@@ -441,7 +441,7 @@ mlp_op.register_fake(lambda a, b, *others: a.new_empty(a.size(0), b.size(0), dty
 
 
 @jit
-def capped(logits):
+def cap_sigmoid(logits):
     """sigmoid((logits + 5) / 7.5) in float32, rounded to the logits' type."""
     return tl.sigmoid((logits.to(tl.float32) + 5) / 7.5).to(logits.dtype).to(tl.float32)
 
@@ -455,7 +455,7 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = capped(tl.load(logits + columns, columns < vocab, 0))
+        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0))
         sums += tl.where(columns < vocab, tl.exp(23 * s), 0)  # at most exp(23): it needs no maximum
     total = tl.sum(sums)
     weight_sum, loss = 0.0, 0.0
@@ -464,11 +464,11 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
         weight = tl.load(weights + k)
         weight_sum += weight
         target = tl.load(targets + row + k, there, 0)
-        loss -= tl.where(there, weight * 23 * capped(tl.load(logits + target)), 0)
+        loss -= tl.where(there, weight * 23 * cap_sigmoid(tl.load(logits + target)), 0)
     tl.store(losses + row, loss + weight_sum * tl.log(total))
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = capped(tl.load(logits + columns, columns < vocab, 0))
+        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0))
         grad = weight_sum * (tl.exp(23 * s) / total)
         for k in tl.static_range(NEXT):
             target = tl.load(targets + row + k, row + k < tokens, -1)
@@ -523,17 +523,17 @@ def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> 
 
 # 3. Numerics ==========================================================================================================
 # The few functions in which rounding is a decision: the norm, the products in 8 bits, the loss, the MLP, the weights
-# that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled, by itself
-# on the CPU, where one compilation then serves all layers of a kind, and as a part of the whole model on CUDA.
+# that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled by itself,
+# once for all layers of a kind; only training on CUDA compiles it as a part of the whole model.
 
 E4M3_MAX = 448
-# Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last one is for a gradient
-# of 1 from outside, which the product's scale takes up.
+# Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last is that of the summed
+# losses' gradient; backward multiplies it by the gradient that comes in.
 HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
 
 
 def region(body: Callable) -> Callable:
-    """Compiles a function: on the CPU a copy of it for each length of its first tensor and choice of named options."""
+    """Compiles a function, once for each length of its first tensor and choice of options; a larger graph takes it in."""
 
     @functools.cache
     def compiled(*kind) -> Callable:
@@ -779,11 +779,11 @@ def make_context(config: ModelConfig, length: int, windows: tuple[int, int], lik
     return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
 
 
-# A layer's part of the parameters, made by `GPT.layers`; None for what it does without.
+# A layer's part of the parameters, made by `GPT.layer_weights`; None for what it does without.
 LayerWeights = collections.namedtuple("LayerWeights", "qk v out value_gate alpha gate mlp mix")
 
 
-def bigram_rows(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
+def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
     """The table row (T,) of each token and the one before, by a hash in 32 bits; the last row where `begins` [62]."""
     tokens = tokens.int()
     return torch.where(begins, rows - 1, ((36313 * tokens) ^ (27191 * previous(tokens, begins))) % (rows - 1))
@@ -799,7 +799,7 @@ def begin_stream(x: Tensor, tokens: Tensor, begins: Tensor, gate, strength, tabl
     if table is None:
         return x, x, None
     sign_rows = (previous(tokens, begins) ^ tokens) % len(signs)  # [83]; row 0 where a document begins
-    bigram = F.embedding(bigram_rows(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
+    bigram = F.embedding(bigram_hash(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
     return x, x + F.pad(factor * bigram, (0, x.size(1) - bigram.size(1))), bigram
 
 
@@ -822,15 +822,15 @@ def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWei
 
 
 @region
-def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, start: Tensor, bigram, w: LayerWeights, *, paired):
-    """The stream after attention: itself, what `attend` made of the heads, the stream's start, and the bigrams."""
+def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, origin: Tensor, bigram, w: LayerWeights, *, paired):
+    """The stream after attention: itself, what `attend` made of the heads, x0 (MUDD: `start`), and the bigrams."""
     if paired:
         y, v = (each.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2) for each in (y, v))  # (T, H, d)
     if w.alpha is not None:  # XSA takes tanh(alpha) of the part of y parallel to the token's own value v out [82]
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
         y = y - w.alpha.tanh()[:, None] * along * v
-    resid, post, from_start, from_bigram = w.mix[:4]
-    x = resid * x + post * ((gate * y).flatten(1) @ w.out.T) + from_start * start
+    resid, post, from_origin, from_bigram = w.mix[:4]
+    x = resid * x + post * ((gate * y).flatten(1) @ w.out.T) + from_origin * origin
     return x if bigram is None else x + F.pad(from_bigram * bigram, (0, x.size(1) - bigram.size(1)))
 
 
@@ -874,26 +874,27 @@ class GPT(nn.Module):
         self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
         self.gated = [i for i in config.layers_with("value_embeds") if not self.rows[i].mudd]
         self.kept = {n for row in self.rows for n in (row.single_input, row.skip, *(row.mudd or ()))}
-        bounds = {"uniform": 3**0.5 * 0.5 * config.dim**-0.5, "kaiming": config.dim**-0.5}  # with a = sqrt(5)
+        bounds = {"uniform": 3**0.5 * config.dim**-0.5, "kaiming": config.dim**-0.5}  # Kaiming's with a = sqrt(5)
         for name, row in self.table.items():
             self.register_parameter(name, None)
             if not row.shape:
                 continue
-            how, *std = str(row.start).split()
+            how, _, std = str(row.start).partition("/")[0].partition(" ")  # "uniform 0.5/sqrt(D)": uniform, 0.5
             if name == "embed":
                 value = self.lm_head.data.T.contiguous()
             elif name == "mudd_bias":
                 value = torch.tensor(sum(MUDD_STARTS, ())) / 0.1
             elif how == "normal":
-                value = torch.randn(row.shape) * float(*std)
+                value = torch.randn(row.shape) * float(std)
             elif how in bounds:
-                value = torch.empty(row.shape).uniform_(-bounds[how], bounds[how])
+                bound = bounds[how] * float(std or 1)
+                value = torch.empty(row.shape).uniform_(-bound, bound)
             else:
                 value = torch.full(row.shape, float(how))
             if row.kind == "bank":
                 value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
             setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
-        self.mlp_bank.data[1::2] = 0
+        self.mlp_bank.data[1::2] = 0  # every W_out
         # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
         signs = torch.randint(2, (8192, config.bigram_dim), generator=torch.Generator().manual_seed(83), device="cpu")
         self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype) if config.bigram else None)
@@ -914,7 +915,7 @@ class GPT(nn.Module):
 
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """What the head reads: the normed stream (T, D) after the last layer."""
-        config, begins, layers = self.config, document_starts(inputs, self.config), self.layers(len(inputs), fp8)
+        config, begins, layers = self.config, document_starts(inputs, self.config), self.layer_weights(len(inputs), fp8)
         mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
         docs = (inputs == config.bos_id).cumsum(0)
         docs = {False: docs, True: docs.repeat_interleave(2)}  # paired heads have twice the positions
@@ -942,7 +943,7 @@ class GPT(nn.Module):
                 w, origin = w._replace(mix=mix), start
             if layer.attention:
                 paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
-                read, heads = after.get(layer.single_input, x), config.heads
+                read, heads = x if layer.single_input is None else after[layer.single_input], config.heads
                 q, k, v, gate = project(read, added, begins, context[:2], w, heads, offset=offset, paired=paired)
                 y = attend(q, k, v, masks[paired, layer.window], context.scale)
                 # Layer 0 has the bigram embedding from the start.
@@ -954,9 +955,9 @@ class GPT(nn.Module):
             x = mudd_after(x, [start, *sources[:2], values.get(0), sources[2]], *mudd)
         return norm(x)
 
-    def layers(self, length: int, fp8: bool) -> list[LayerWeights]:
+    def layer_weights(self, length: int, fp8: bool) -> list[LayerWeights]:
         """What each layer has of the parameters: matrices times their scalars [47], all in the dtype of the stream."""
-        dtype, dim, count, attending = self.embed.dtype, self.config.dim, len(self.rows), len(self.attending)
+        dtype, dim, count, n = self.embed.dtype, self.config.dim, len(self.rows), len(self.attending)
 
         def by_layer(tensor: Tensor | None, layers: Iterable[int]) -> list[Tensor | None]:
             parts = {} if tensor is None else dict(zip(layers, tensor.to(dtype).unbind()))
@@ -964,14 +965,14 @@ class GPT(nn.Module):
 
         # Of all layers at once: a product a layer is some hundred kernels more, most of them in the backward pass.
         qkv, out = (p.to(dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
-        w_qk = self.qk_bank.view(-1, dim)[: attending * 2 * dim].view(attending, 2 * dim, dim)
-        w_v, w_o = self.vo_bank[: attending * 2].unflatten(0, (attending, 2)).unbind(1)
+        w_qk = self.qk_bank.view(-1, dim)[: n * 2 * dim].view(n, 2 * dim, dim)  # without the padding
+        w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
         matrices = self.mlp_bank.unbind()
         in_8_bits = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach()) if fp8 else ()
         mlp = zip(matrices[::2], matrices[1::2], *(each.unbind() for each in in_8_bits))
-        resid, post, start = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
-        bigram = torch.zeros_like(start) if self.bigram_lambdas is None else self.bigram_lambdas
-        factors = torch.stack((resid[:, 0], post[:, 0], start, bigram, resid[:, 1], post[:, 1])).flatten()
+        resid, post, x0 = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
+        bigram = torch.zeros_like(x0) if self.bigram_lambdas is None else self.bigram_lambdas
+        factors = torch.stack((resid[:, 0], post[:, 0], x0, bigram, resid[:, 1], post[:, 1])).flatten()
         # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each. Contiguous
         # like MUDD's, so that the regions' graphs serve both.
         factors = factors.to(dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
@@ -983,7 +984,7 @@ class GPT(nn.Module):
             by_layer(self.xsa_alphas, self.xsa),  # (H,)
             by_layer(self.attention_gates, self.attending),  # (H, 12)
             mlp,  # W_in and W_out (4D, D); with `fp8` also W_in in 8 bits, and its scale [84]
-            (factors[i::count] for i in range(count)),  # six, (T, 1) each
+            (factors[i::count] for i in range(count)),  # (T, 1): of x, attention, x0, bigram; of x, MLP
         )
         return list(map(LayerWeights, *columns))
 
@@ -1051,7 +1052,7 @@ class Optimizer:
         # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
         self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
         self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
-        self.updates, self.tied = 0, settings.stages[0].tied  # Adam's t: embed, once untied, takes over the head's
+        self.tied, self.updates = settings.stages[0].tied, 0  # Adam's t, one for all parameters
         for name, p in self.params.items():
             zeros = torch.zeros_like(self.share(name, p.data), dtype=torch.float32)
             state = self.state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
@@ -1232,7 +1233,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
         else:  # the next shard begins this batch again
             ends.append(len(plan))
             documents = [0]
-        if ends[-len(paths) - 1 :].count(len(plan)) > len(paths):  # each was tried from its start
+        if ends.count(len(plan)) > len(paths):  # so each was tried from its start
             what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
             largest = f"the largest of {len(paths)} has {max(bounds(path)[-1] for path in paths):,} tokens"
             raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
@@ -1260,7 +1261,7 @@ def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
 def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
     """The rows of the bigram table that training on tokens (slices, length + 1) has a gradient for."""
     count = config.bigram_rows * config.padded_vocab
-    return torch.cat([bigram_rows(row, document_starts(row, config), count) for row in tokens[:, :-1]]).long().unique()
+    return torch.cat([bigram_hash(row, document_starts(row, config), count) for row in tokens[:, :-1]]).long().unique()
 
 
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
@@ -1327,13 +1328,13 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, src=0)
-    # On CUDA the whole model is one graph, which takes in the regions; on the CPU each region is compiled alone.
+    # On CUDA the training pass is one graph, which takes in the regions; validation, and the CPU, compile each alone.
     objective = torch.compile(model, dynamic=False, fullgraph=True) if cuda else model
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
 def compile_or_not(settings: Settings) -> str:
-    """Lets what follows run uncompiled if the settings say so, or a graph of one addition does not compile."""
+    """Turns torch.compile off if the settings say so, or if an addition does not compile; returns words for the log."""
     if settings.compile:
         with contextlib.suppress(Exception):
             torch.compile(lambda x: x + 1)(torch.zeros(16))
@@ -1414,7 +1415,7 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
     for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
         context = make_context(settings.model, length, windows, model.embed)._replace(mtp=mtp)
         tokens = made_up[:, : length + 1]
-        for adam in (False, True, True):  # the second one has embed's own update, where it was untied
+        for adam in (False, True, True):  # the last has embed's own update, where the one before untied it
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
@@ -1597,7 +1598,8 @@ def train(settings: Settings, world: World) -> None:
     first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
-        log.line(f"warm-up: {compile_or_not(settings)} for {model.embed.dtype} on {world.device.type}", file=False)
+        how = compile_or_not(settings)
+        log.line(f"warm-up: {how} for {model.embed.dtype} on {world.device.type}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.line(f"warm-up took {time.perf_counter() - begin:.0f} s", file=False)
@@ -1622,9 +1624,8 @@ def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences
     pending = collections.deque()  # step, loss and wishes to stop on their way, and when the step has ended
     stopping, signals = False, []
     peak = measure_peak(device, model.embed.dtype) * world.size
-    work = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage) / peak) for stage in stages]
-    # Tokens, and seconds at the floor's speed, until after a step.
-    work = np.repeat(work, [stage.steps for stage in stages], axis=0).cumsum(0)
+    costs = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage) / peak) for stage in stages]
+    work = np.repeat(costs, [stage.steps for stage in stages], axis=0).cumsum(0)  # tokens, seconds at the peak
 
     def report(late: int) -> bool:
         """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop by then."""
@@ -1686,7 +1687,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(n, *batches) == n]
+    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(*batches) % n == 0]
     size = min(divisors, key=lambda n: abs(n - world_size))
     near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
     numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and world size {world_size}"

@@ -69,7 +69,7 @@ class Layer:
     xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
     single_input: int | None = None  # attention reads the stream as it was after that layer [77]
     skip: int | None = None  # first adds the stream as it was after that layer, through the one gate [55]
-    mudd: tuple[int, int, int] | None = None  # mixed in by token: the first before it, all after the last layer [81]
+    mudd: tuple[int, int, int] | None = None  # earlier ones, mixed in by token: the first here, all after the last [81]
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
-    """The model's parameters, those of a kind in the order in which ranks exchange them."""
+    """The model's parameters, in the order in which they are drawn, and in which ranks exchange those of a kind."""
     attending, valued, xsa, skip, mudd = map(config.layers_with, ("attention", "value_embeds", "xsa", "skip", "mudd"))
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     layers, n, mixed = len(config.layers), len(attending), sum(map(len, MUDD_STARTS))
@@ -533,7 +533,7 @@ HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4
 
 
 def region(body: Callable) -> Callable:
-    """Compiles a function, once for each length of its first tensor and choice of options; a larger graph takes it in."""
+    """Compiles a function once for each length of its first tensor and choice of options; larger graphs take it in."""
 
     @functools.cache
     def compiled(*kind) -> Callable:
@@ -1307,8 +1307,8 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The dtype of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    on_cpu = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else on_cpu
+    cpu_has_it = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_it
     return torch.bfloat16 if native else torch.float32
 
 
@@ -1333,14 +1333,14 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
-def compile_or_not(settings: Settings) -> str:
-    """Turns torch.compile off if the settings say so, or if an addition does not compile; returns words for the log."""
-    if settings.compile:
+def compile_or_not(wanted: bool) -> str:
+    """Turns torch.compile off if it is not wanted, or if an addition does not compile; returns words for the log."""
+    if wanted:
         with contextlib.suppress(Exception):
             torch.compile(lambda x: x + 1)(torch.zeros(16))
             return "compiling"
     torch.compiler.set_stance("force_eager")
-    return "uncompiled, as no working C++ compiler was found," if settings.compile else "uncompiled"
+    return "uncompiled, as no working C++ compiler was found," if wanted else "uncompiled"
 
 
 def mark(device: torch.device):
@@ -1370,7 +1370,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     # As good as random numbers, on which a GPU's speed depends, and the run's own random state stays as it is.
     a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
-    runs = [(mark(device), a @ a, mark(device)) for _ in range(6)]
+    out = torch.empty_like(a)
+    runs = [(mark(device), torch.mm(a, a, out=out), mark(device)) for _ in range(6)]
     return 2 * size**3 / min(elapsed(begin, end) for begin, _, end in runs) * 1000
 
 
@@ -1420,7 +1421,8 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
             optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
-    for windows in dict.fromkeys(schedule(settings, step).stage.windows for step in range(settings.total_steps + 1)):
+    final = schedule(settings, settings.total_steps).stage
+    for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
 
@@ -1598,7 +1600,7 @@ def train(settings: Settings, world: World) -> None:
     first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
     try:
-        how = compile_or_not(settings)
+        how = compile_or_not(settings.compile)
         log.line(f"warm-up: {how} for {model.embed.dtype} on {world.device.type}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
@@ -1687,7 +1689,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
     config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-    divisors = [n for n in range(1, batches[0] + 1) if math.gcd(*batches) % n == 0]
+    common = math.gcd(*batches)
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
     size = min(divisors, key=lambda n: abs(n - world_size))
     near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
     numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and world size {world_size}"

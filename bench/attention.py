@@ -130,7 +130,7 @@ def main() -> None:
     _, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
-    train_gpt.compile_or_not(settings)
+    train_gpt.compile_or_not(settings.compile)
     dtype = train_gpt.choose_dtype(settings, world.device)
     places = list(sequences(settings))
     print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")

@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(self, settings: train_gpt.Settings, world: train_gpt.World):
         self.settings, self.world = settings, world
-        train_gpt.compile_or_not(settings)
+        train_gpt.compile_or_not(settings.compile)
         self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
         train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
         self.paths = train_gpt.find_shards(settings.train_files, settings.preset)

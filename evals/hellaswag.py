@@ -123,8 +123,7 @@ def main() -> None:
     items = read_items(arguments.data)[: arguments.items]
     if not items:
         raise UserError("there are no items")
-    if model.model.embed.device.type == "cpu" or not checkpoint.train_gpt.compiles():
-        torch.compiler.set_stance("force_eager")
+    checkpoint.train_gpt.compile_or_not(model.model.embed.device.type != "cpu")
     scored = score(packed(completions(items, model), arguments.pack), model, arguments.pack)
     by_mean, by_sum = accuracies(items, tqdm(scored, "completions", total=4 * len(items), disable=None))
     print(f"HellaSwag, {len(items):,} items, {arguments.checkpoint}:")

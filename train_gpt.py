@@ -29,7 +29,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -240,17 +240,10 @@ PRESETS = {
 
 FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}  # gets a preset's shards
 
-
-class ParameterRow(NamedTuple):
-    """One row of the table of parameters, with its numbers for Adam; a bank is NorMuon's, unless `--muon false`."""
-
-    kind: str  # each rank updates a part of a "bank" or "table", and all of a "gate" or "scalar" (always float32)
-    shape: tuple[int, ...]  # something false for what the model does without
-    start: float | str  # a constant, or what `GPT` makes of it, with its standard deviation
-    betas: tuple[float, float]
-    lr: float  # factors of `adam_lr` and `adam_wd`
-    wd: float
-
+# One row of the table of parameters. Each rank updates a part of the kinds "bank" and "table", and all of a "gate" or a
+# "scalar" (always float32). The shape is something false for what the model does without; the start a constant, or what
+# `GPT` makes of it. Betas, lr and wd (factors of `adam_lr` and `adam_wd`) are Adam's, a bank's for `--muon false`.
+ParameterRow = collections.namedtuple("ParameterRow", "kind shape start betas lr wd")
 
 # MUDD's coefficients at first. Before its layer: three added to v, three to the stream, two value gates, and the six of
 # a layer's `mix`. After the last layer: one for each of five earlier streams; -0.5 is the "backout" [40].
@@ -304,14 +297,9 @@ class UserError(Exception):
         self.status = status
 
 
-class Hyper(NamedTuple):
-    """What the schedule says about one step."""
-
-    stage: Stage
-    lr: float  # factor of both learning rates
-    momentum: float
-    adam: bool  # Adam runs on odd steps, on the gradients of two steps [39]
-    mtp: tuple[float, ...]  # weights of the next targets
+# What the schedule says about one step: its row of the table, the factor of both learning rates, NorMuon's momentum,
+# whether Adam runs (on odd steps, on the gradients of two steps [39]), and the weights of the next targets.
+Hyper = collections.namedtuple("Hyper", "stage lr momentum adam mtp")
 
 
 def schedule(settings: Settings, step: int) -> Hyper:
@@ -507,9 +495,8 @@ def transpose_kernel(source, out, rows, columns, ADD: constexpr, BLOCK: constexp
 
 @library.custom_op("train_gpt::transpose", mutates_args=("out",))
 def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
-    rows, columns = source.shape
-    grid = triton.cdiv(rows, 64), triton.cdiv(columns, 64)
-    transpose_kernel[grid](source.contiguous(), out, rows, columns, add, BLOCK=64)
+    grid = triton.cdiv(source.size(0), 64), triton.cdiv(source.size(1), 64)
+    transpose_kernel[grid](source.contiguous(), out, *source.shape, add, BLOCK=64)
 
 
 def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -522,9 +509,8 @@ def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> 
 
 
 # 3. Numerics ==========================================================================================================
-# The few functions in which rounding is a decision: the norm, the products in 8 bits, the loss, the MLP, the weights
-# that are more exact than bf16, and the polynomial that orthogonalizes. What is marked `region` is compiled by itself,
-# once for all layers of a kind; only training on CUDA compiles it as a part of the whole model.
+# The few functions in which rounding is a decision. What is marked `region` is compiled by itself, once for all layers
+# of a kind; only training on CUDA compiles it as a part of the whole model.
 
 E4M3_MAX = 448
 # Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last is that of the summed
@@ -655,8 +641,7 @@ def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
     x = (u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
     wide = x.size(-2) <= x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = symmetric_product(x if wide else x.mT)
-        poly = symmetric_product(gram, alpha=c, beta=b)
+        poly = symmetric_product(symmetric_product(x if wide else x.mT), alpha=c, beta=b)
         x = torch.baddbmm(x, poly, x, beta=a) if wide else torch.baddbmm(x, x, poly, beta=a)
     return x
 
@@ -752,21 +737,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Ten
 
 
 # 5. Model =============================================================================================================
-# One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), so that a
-# rank's share of the optimizer is a whole number of matrices; the forward pass gets them back as a record a layer.
-# What changes during training comes in as `Context`.
+# One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), of which the
+# forward pass gets a record a layer, and each rank's optimizer a whole number of matrices.
 
 VAL_CHUNK = 4096  # rows of logits at a time in validation
 
 
-class Context(NamedTuple):
-    """What the forward pass needs besides weights and tokens."""
-
-    cos: Tensor  # (2T, 1, d/4): paired heads have twice the positions
-    sin: Tensor
-    scale: Tensor  # of the attention's logits, 0-d float32
-    windows: tuple[Tensor | int, Tensor | int]  # short, long
-    mtp: Tensor  # (K,) float32, the weights of the next K targets
+# What the forward pass needs besides weights and tokens: rotary tables (2T, 1, d/4), since paired heads have twice the
+# positions; the scale of attention's logits, 0-d float32; the short and long window; weights (K,) of the next targets.
+Context = collections.namedtuple("Context", "cos sin scale windows mtp")
 
 
 def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
@@ -990,9 +969,8 @@ class GPT(nn.Module):
 
 
 # 6. Optimizer =========================================================================================================
-# NorMuon for the banks, every step; Adam for the rest, every second step. With several ranks the gradient of a bank or
-# table is reduce-scattered, each rank updates its part, and the parts are gathered; gates and scalars are all-reduced
-# and updated whole by everyone. With one rank there is no communication at all.
+# NorMuon for the banks, every step; Adam for the rest, every second step. Ranks reduce-scatter gradients of banks and
+# tables, update a part each, and gather; they all-reduce those of gates and scalars. One rank communicates nothing.
 
 # torch 2.13 renames the two collectives and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -1014,9 +992,8 @@ def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bi
 def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_sq, low=None) -> None:
     """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43, 57].
 
-    `factors` (n, 1, 1) are the matrices' parts of the learning rate, the four numbers 0-d tensors; `exp_avg` is the
-    float32 momentum, `exp_avg_sq` the running mean squares of rows (n, rows, 1) or columns (n, 1, cols), `low`
-    (uint16) holds the mantissa bits that bf16 weights lose; float32 weights have none.
+    `factors` (n, 1, 1) are the matrices' parts of the learning rate, the four numbers 0-d tensors; `exp_avg_sq` has the
+    mean squares of rows (n, rows, 1) or columns (n, 1, cols), `low` (uint16) the mantissa bits that bf16 weights lose.
     """
     grad = grad.float()
     exp_avg.lerp_(grad, 1 - momentum)
@@ -1171,9 +1148,8 @@ class Optimizer:
 
 
 # 7. Data ==============================================================================================================
-# A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of which batch is planned for the
-# whole run before it starts, from the documents' lengths alone: a plan is a few thousand numbers, the same on every
-# rank, and a run that has too few tokens is told so before the clock starts.
+# A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of a batch is planned for the whole
+# run before it starts, from their lengths alone, the same on every rank; too few tokens are so told before the clock.
 
 
 def find_shards(pattern: str, preset: str) -> list[str]:
@@ -1206,13 +1182,9 @@ def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     raise UserError(f"{path}: {problem}")
 
 
-class Batch(NamedTuple):
-    """Where one step's tokens come from: slice s has a shard's documents from documents[s] up to documents[s + 1]."""
-
-    path: str
-    documents: list[int]
-    length: int  # inputs of a slice; it has one token more
-    max_seq_len: int
+# Where one step's tokens come from: slice s, of `length` inputs and one token more, has a shard's documents from
+# documents[s] up to documents[s + 1], each cut to max_seq_len.
+Batch = collections.namedtuple("Batch", "path documents length max_seq_len")
 
 
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
@@ -1272,8 +1244,7 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
             tokens, _ = read_shard(path, settings.model)
             stream, sizes[path] = np.append(stream, tokens[:need]), len(tokens)
     if len(stream) < need:
-        wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
-        raise UserError(f"{settings.val_files}: too few validation tokens: {len(stream):,}, but {wanted}")
+        raise UserError(f"{settings.val_files}: {len(stream):,} tokens of {need:,}; add shards, or lower --val-tokens")
     sequences = torch.from_numpy(stream[:need].astype(np.int32))
     return sequences.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
 
@@ -1707,9 +1678,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
         f"--val-tokens {tokens} is no multiple of --val-seq-len {length}; {whole}": tokens % length,
         "--wandb needs the package wandb: pip install wandb": settings.wandb and not importlib.util.find_spec("wandb"),
     }
-    for text, broken in rules.items():
-        if broken:
-            raise UserError(text)
+    if wrong := [text for text, broken in rules.items() if broken]:
+        raise UserError(wrong[0])
 
 
 def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:

@@ -116,7 +116,7 @@ class Subject:
         sizes = {name: getattr(self.script.PRESETS["tiny"].model, name) for name in SIZES}
         torch.manual_seed(0)
         model = self.script.GPT(replace(self.script.PRESETS[preset].model, **{**sizes, **changes}))
-        for p in model.parameters():
+        for _, p in sorted(model.named_parameters()):  # by name: the same weights for every order of the parameters
             p.data += torch.randn_like(p) / min(p.shape[-2:]) ** 0.5
         return model
 

@@ -105,8 +105,8 @@ def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
         ],
     }
     for cheat, findings in caught("normalized", cheats):
-        sums = [float(total) for total in re.findall(r"the probabilities of position \d+ sum to (\S+)", findings)]
-        assert max(abs(total - 1) for total in sums) > 0.001, (cheat, findings)
+        sums = re.findall(r"the probabilities of position (\d+) sum to (\S+)", findings)
+        assert sums[0][0] == "0" and max(abs(float(total) - 1) for _, total in sums) > 0.001, (cheat, findings)
 
 
 def test_token_that_reaches_another_document_is_caught(caught):

@@ -1244,7 +1244,8 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
             tokens, _ = read_shard(path, settings.model)
             stream, sizes[path] = np.append(stream, tokens[:need]), len(tokens)
     if len(stream) < need:
-        raise UserError(f"{settings.val_files}: {len(stream):,} tokens of {need:,}; add shards, or lower --val-tokens")
+        wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
+        raise UserError(f"{settings.val_files}: too few validation tokens: {len(stream):,}, but {wanted}")
     sequences = torch.from_numpy(stream[:need].astype(np.int32))
     return sequences.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
 

@@ -6,11 +6,14 @@ is damaged is. Whatever stops a download, the same command continues it.
 
 import os
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
-from command import DataError, Parser, between, first_line, run
-from shards import ShardError, check_shard, shard_name
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+from command import Parser, UserError, between, first_line, run
+from shards import check_shard, shard_name
 
 Dataset = namedtuple("Dataset", "repo prefix train_shards")
 DATASETS = {  # by the name of the folder they go to
@@ -26,7 +29,7 @@ def is_whole(path, tell):
         check_shard(path)
     except FileNotFoundError:
         return False
-    except ShardError as error:
+    except UserError as error:
         tell(f"{error}; fetching it again")
         return False
     return True
@@ -40,19 +43,19 @@ def fetch(repo, path, incoming):
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise DataError("huggingface_hub is missing: pip install -r requirements.txt") from None
+        raise UserError("huggingface_hub is missing: pip install -r requirements.txt") from None
     try:
         fetched = hf_hub_download(repo, path.name, repo_type="dataset", local_dir=incoming)
     except Exception as error:  # of the hub's own types, its HTTP library's, its transfer library's
-        raise DataError(
+        raise UserError(
             f"could not fetch {path.name} from {repo}: {first_line(error)} "
             "(running the same command again continues where this stopped)"
         ) from error
     try:
         check_shard(fetched)
-    except ShardError as error:
+    except UserError as error:
         os.remove(fetched)  # or the hub's library would take it for the download, next time
-        raise DataError(f"{repo} sent a bad shard, dropped (try again later): {error}") from error
+        raise UserError(f"{repo} sent a bad shard, dropped (try again later): {error}") from error
     os.replace(fetched, path)
 
 
@@ -79,7 +82,7 @@ def main(name):
     """The command line of the script for DATASETS[name]."""
     count = DATASETS[name].train_shards
 
-    def command():
+    def fetch_shards():
         parser = Parser(description=f"Fetch shards of {DATASETS[name].repo} from the Hugging Face hub to data/{name}/.")
         parser.add_argument(
             "train_shards",
@@ -91,4 +94,4 @@ def main(name):
         )
         download(name, parser.parse_args().train_shards, Path(__file__).resolve().parent / name)
 
-    run(command)
+    run(fetch_shards)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from command import DataError, Parser, run
-from shards import ShardError, check_shard, shard_name, staged, write_shard
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+from command import Parser, UserError, run
+from shards import check_shard, shard_name, staged, write_shard
 from text import byte_pieces
 
 FOLDER = Path(__file__).resolve().parent
@@ -33,10 +35,10 @@ VERSION_FILE = "sympy_version.txt"  # what the shards were made from: a later sy
 def pinned_version():
     """The version of sympy that requirements.txt asks for."""
     if not REQUIREMENTS.is_file():
-        raise DataError(f"{REQUIREMENTS} is missing: its line sympy==... says which sympy is the corpus")
+        raise UserError(f"{REQUIREMENTS} is missing: its line sympy==... says which sympy is the corpus")
     pin = re.search(r"^sympy==([\w.]+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
     if not pin:
-        raise DataError(f"{REQUIREMENTS} has no line sympy==...: it says which sympy is the corpus")
+        raise UserError(f"{REQUIREMENTS} has no line sympy==...: it says which sympy is the corpus")
     return pin[1]
 
 
@@ -61,7 +63,7 @@ def made_from(directory):
         check_shard(directory / TRAIN)
         check_shard(directory / VAL)
         return (directory / VERSION_FILE).read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, ShardError):
+    except (FileNotFoundError, UserError):
         return None
 
 
@@ -71,7 +73,7 @@ def main():
     try:
         sympy = metadata.distribution("sympy")  # importing sympy would take a second
     except metadata.PackageNotFoundError:
-        raise DataError("sympy is not installed: pip install -r requirements.txt") from None
+        raise UserError("sympy is not installed: pip install -r requirements.txt") from None
     if sympy.version != pinned:
         print(
             f"embedded.py: warning: sympy {sympy.version} is installed, and requirements.txt has {pinned}: "
@@ -85,7 +87,7 @@ def main():
 
     train, val = corpus(Path(sympy.locate_file("sympy")))
     if not val:
-        raise DataError(
+        raise UserError(
             f"no Python sources in {sympy.locate_file('sympy')}: pip install --force-reinstall sympy=={pinned}"
         )
     with staged(directory, PREFIX, overwrite=True) as staging:

@@ -5,11 +5,14 @@
 A document is BOS and GPT-2's tokens of its text. The first shard is validation, the others training.
 """
 
+import sys
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
-from command import DataError, Parser, between, first_line, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+from command import Parser, UserError, between, first_line, run
 from shards import MAX_SHARD_TOKENS, TokenShardWriter, existing_shards, shard_name, shard_names
 from text import tokenized
 
@@ -23,7 +26,7 @@ def read_documents(load_dataset, repo, sample):
         for row in load_dataset(repo, name=f"sample-{sample}", split="train", streaming=True):
             yield None, row["text"]
     except Exception as error:  # of the hub's own types, its HTTP library's, its parquet reader's
-        raise DataError(f"reading {repo} failed: {first_line(error)} (the shards that were full stay)") from error
+        raise UserError(f"reading {repo} failed: {first_line(error)} (the shards that were full stay)") from error
 
 
 def main():
@@ -47,12 +50,12 @@ def main():
     prefix = args.dataset
     directory = args.out or Path(__file__).resolve().parent / f"{prefix}{args.sample.removesuffix('T')}"
     if existing_shards(directory, prefix):
-        raise DataError(f"{directory} already holds {prefix} shards: delete them, or give another --out")
+        raise UserError(f"{directory} already holds {prefix} shards: delete them, or give another --out")
 
     try:
         from datasets import load_dataset
     except ImportError:
-        raise DataError("datasets is missing: pip install -r data/requirements.txt") from None
+        raise UserError("datasets is missing: pip install -r data/requirements.txt") from None
     from tqdm import tqdm
 
     documents = read_documents(load_dataset, REPOS[prefix], args.sample)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command import DataError
+from command import UserError
 
 MAGIC = 20240520
 VERSION = 1
@@ -22,25 +22,21 @@ HEADER_BYTES = 1024
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts them in an int32
 
 
-class ShardError(DataError):
-    """A file that is no whole shard, or tokens that cannot be written to one."""
-
-
 def to_uint16(tokens):
-    """`tokens` (a sequence of integers, or an array) as a 1-d uint16 array; ShardError where one does not fit."""
+    """`tokens` (a sequence of integers, or an array) as a 1-d uint16 array; UserError where one does not fit."""
     tokens = np.asarray(tokens)
     if tokens.dtype == np.uint16 and tokens.ndim == 1 or not tokens.size:
         return tokens.astype(np.uint16, copy=False).ravel()
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ShardError(f"expected a row of whole numbers, found {tokens.ndim}-d {tokens.dtype}")
+        raise UserError(f"expected a row of whole numbers, found {tokens.ndim}-d {tokens.dtype}")
     misfits = np.flatnonzero((tokens < 0) | (tokens > 65535))
     if misfits.size:
-        raise ShardError(f"expected tokens from 0 to 65535, found {tokens[misfits[0]]} at position {misfits[0]}")
+        raise UserError(f"expected tokens from 0 to 65535, found {tokens[misfits[0]]} at position {misfits[0]}")
     return tokens.astype(np.uint16)
 
 
 def write_shard(path, tokens):
-    """Write `tokens` as the shard `path`: all of it or, whatever happens, nothing. ShardError: not uint16."""
+    """Write `tokens` as the shard `path`: all of it or, whatever happens, nothing. UserError: not uint16."""
     path, tokens = Path(path), to_uint16(tokens)
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -56,21 +52,21 @@ def write_shard(path, tokens):
 
 
 def check_shard(path):
-    """The number of tokens in the shard `path`, from its header and size alone; ShardError if it is not a whole one."""
+    """The number of tokens in the shard `path`, from its header and size alone; UserError if it is not a whole one."""
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
     if size < HEADER_BYTES:
-        raise ShardError(f"{path}: expected a header of {HEADER_BYTES:,} bytes, found {size:,} bytes in all")
+        raise UserError(f"{path}: expected a header of {HEADER_BYTES:,} bytes, found {size:,} bytes in all")
     magic, version, count = struct.unpack_from("<3i", header)
     if magic != MAGIC:
-        raise ShardError(f"{path}: expected magic {MAGIC}, found {magic}: not a shard")
+        raise UserError(f"{path}: expected magic {MAGIC}, found {magic}: not a shard")
     if version != VERSION:
-        raise ShardError(f"{path}: expected version {VERSION}, found {version}")
+        raise UserError(f"{path}: expected version {VERSION}, found {version}")
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         state = "truncated" if size < expected else "over-long"
-        raise ShardError(f"{path}: expected {expected:,} bytes for {count:,} tokens, found {size:,}: {state}")
+        raise UserError(f"{path}: expected {expected:,} bytes for {count:,} tokens, found {size:,}: {state}")
     return count
 
 
@@ -94,12 +90,12 @@ def existing_shards(directory, prefix):
 def staged(directory, prefix, overwrite):
     """Yield an empty folder for a new set of shards; if all goes well, its files then move into `directory`.
 
-    A set is published whole or not at all, and never mixes with an earlier one: DataError if `directory` holds shards
+    A set is published whole or not at all, and never mixes with an earlier one: UserError if `directory` holds shards
     of that prefix and `overwrite` is false; else those go once the new ones are there.
     """
     directory = Path(directory)
     if not overwrite and existing_shards(directory, prefix):
-        raise DataError(
+        raise UserError(
             f"{directory} already holds {prefix} shards: give another --out, or --overwrite to replace them"
         )
     directory.mkdir(parents=True, exist_ok=True)

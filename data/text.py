@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from command import DataError, Parser, between, first_line, run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+from command import Parser, UserError, between, first_line, run
 from shards import MAX_SHARD_TOKENS, TokenShardWriter, shard_names, staged
 
 PREFIX = "text"
@@ -79,15 +82,15 @@ def byte_pieces(data, max_doc_tokens):
 
 @functools.cache
 def gpt2():
-    """GPT-2's encoding, and which of its tokens end a line, as a bool array. DataError if it cannot be had."""
+    """GPT-2's encoding, and which of its tokens end a line, as a bool array. UserError if it cannot be had."""
     try:
         import tiktoken
 
         encoding = tiktoken.get_encoding("gpt2")
     except ImportError:
-        raise DataError("tiktoken is missing: pip install -r requirements.txt") from None
+        raise UserError("tiktoken is missing: pip install -r requirements.txt") from None
     except Exception as error:  # it fetches its table once, and passes on what its HTTP library raises
-        raise DataError(
+        raise UserError(
             f"GPT-2's tokenizer could not be fetched: {first_line(error)} (text.py --tokenizer bytes needs none)"
         ) from error
     ends_line = [encoding.decode_single_token_bytes(token).endswith(b"\n") for token in range(GPT2_BOS)]
@@ -200,7 +203,7 @@ def find_files(paths):
                     else:
                         files.setdefault(file.resolve(), file)
         else:
-            raise DataError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
     return list(files.values()), skipped
 
 
@@ -212,10 +215,10 @@ def read_jsonl(path):
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from error
+                raise UserError(f"{path}:{number}: not JSON: {error}") from error
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise DataError(f"{path}:{number}: expected an object with a text field that holds a string")
+                raise UserError(f"{path}:{number}: expected an object with a text field that holds a string")
             yield text, len(line)
 
 
@@ -224,17 +227,17 @@ def read_parquet(path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install -r data/requirements.txt") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install -r data/requirements.txt") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                raise DataError(f"{path}: expected a text column, found {', '.join(file.schema_arrow.names)}")
+                raise UserError(f"{path}: expected a text column, found {', '.join(file.schema_arrow.names)}")
             row_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
             for rows in file.iter_batches(batch_size=1024, columns=["text"]):
                 for text in rows["text"].cast("string").to_pylist():
                     yield text or "", row_bytes  # a null is no document
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: no parquet file with a text column of strings: {first_line(error)}") from error
+        raise UserError(f"{path}: no parquet file with a text column of strings: {first_line(error)}") from error
 
 
 def read_documents(path):
@@ -311,10 +314,10 @@ def main():
                 writers[split].add(tokens)
         found = sum(counts.values())
         if not found:
-            raise DataError(f"no text found in {' '.join(args.paths)} ({skipped} binary files skipped)")
+            raise UserError(f"no text found in {' '.join(args.paths)} ({skipped} binary files skipped)")
         if not counts["val"]:
             remedy = f"give --val-every {found} or less" if found > 1 else "give several files, or records in a .jsonl"
-            raise DataError(
+            raise UserError(
                 f"too little text: of {args.val_every} documents one is for validation, and there are {found}: {remedy}"
             )
 

@@ -1,16 +1,12 @@
-"""What the evaluations share: the model of a checkpoint, its tokenizer, and how a script of this folder ends."""
+"""What the evaluations share: the model of a checkpoint, and its tokenizer."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train_gpt  # noqa: E402
+import train_gpt
 
 
 @dataclass
@@ -60,16 +56,3 @@ def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:
 
     gpt2 = tiktoken.get_encoding("gpt2")
     return gpt2.encode_ordinary, lambda tokens: gpt2.decode(tokens, errors="replace")
-
-
-def run(main: Callable[[], None]) -> None:
-    """Calls a script's whole work. Exit status: 0 done, 2 a user's mistake, 130 Ctrl-C."""
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-    except (train_gpt.UserError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        sys.exit(130)

@@ -6,18 +6,21 @@ An ending's score is the mean (or the sum) of its tokens' losses after the conte
 four documents; many are packed into one sequence, and the model's own mask keeps them apart.
 """
 
-import argparse
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-UserError = checkpoint.train_gpt.UserError
+import checkpoint
+import train_gpt
+from command import Parser, UserError, first_line, run
 
 
 @dataclass
@@ -58,8 +61,8 @@ def download_items() -> list[dict]:
     try:
         path = hf_hub_download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", repo_type="dataset")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"HellaSwag could not be fetched: {reason}; a local JSONL will do: --data FILE") from None
+        what = f"HellaSwag could not be fetched: {first_line(error)}"
+        raise UserError(f"{what}; a local JSONL will do: --data FILE") from None
     return pyarrow.parquet.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()
 
 
@@ -113,7 +116,7 @@ def accuracies(items: list[dict], scored: Iterable[tuple]) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
     parser.add_argument("--data", help="a JSONL file of items (default: Rowan/hellaswag from the Hugging Face hub)")
     parser.add_argument("--items", type=int, help="only the first so many")
@@ -123,7 +126,7 @@ def main() -> None:
     items = read_items(arguments.data)[: arguments.items]
     if not items:
         raise UserError("there are no items")
-    checkpoint.train_gpt.compile_or_not(model.model.embed.device.type != "cpu")
+    train_gpt.compile_or_not(model.model.embed.device.type != "cpu")
     scored = score(packed(completions(items, model), arguments.pack), model, arguments.pack)
     by_mean, by_sum = accuracies(items, tqdm(scored, "completions", total=4 * len(items), disable=None))
     print(f"HellaSwag, {len(items):,} items, {arguments.checkpoint}:")
@@ -133,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    run(main, train_gpt.UserError)

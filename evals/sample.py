@@ -3,11 +3,16 @@
 python evals/sample.py --checkpoint logs/x_step001390.pt --prompt "The capital of France is"
 """
 
-import argparse
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import checkpoint
+import train_gpt
+from command import Parser, UserError, run
 
 
 def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: float, top_k: int, seed: int):
@@ -32,7 +37,7 @@ def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
     parser.add_argument("--prompt", default="", help="the text to go on from (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=200, help="the most tokens to write (default: 200)")
@@ -41,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="seed of the choices (default: 1)")
     arguments = parser.parse_args()
     if arguments.temperature < 0 or arguments.top_k < 0:
-        raise checkpoint.train_gpt.UserError("--temperature and --top-k must not be negative")
+        raise UserError("--temperature and --top-k must not be negative")
     torch.compiler.set_stance("force_eager")  # every token is another length
     model = checkpoint.load(arguments.checkpoint)
     tokens, shown = [], ""
@@ -56,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    run(main, train_gpt.UserError)

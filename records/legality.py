@@ -35,10 +35,11 @@ import torch._functorch.config
 import torch._inductor.config
 from torch.utils._config_module import ConfigModule
 
-from logbook import STREAMS
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from shards import write_shard  # noqa: E402
+
+from logbook import STREAMS
+from shards import write_shard
 
 # What a script must keep for the checks to find their way; records/README.md says what each is.
 NAMES = ("PRESETS", "GPT", "GPT.evaluate", "make_context", "warm_up", "main")
@@ -55,7 +56,10 @@ MOST = 5  # findings of a check; after so many it stops
 
 
 class Problem(Exception):
-    """Why a script cannot be checked, or a run did not end as it should."""
+    """Why a script cannot be checked, or a run did not end as it should.
+
+    What it says is an answer, as `findings` are, and not a mistake of who asks: it goes to stdout.
+    """
 
 
 def load(path: Path):

@@ -33,6 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+import command
+from command import UserError, report
+
 TARGET = 3.28  # nats per token on FineWeb's validation stream
 SIGNIFICANCE = 0.01
 
@@ -43,14 +48,6 @@ MAX_SOURCE = 1 << 22  # the longest script that is looked for
 MAX_CLAIMS = 100  # lines in a file that claim to end a source; each costs hashing that source
 MAX_RUNS = 10_000  # runs in one file
 MAX_GPUS = 1000  # cards in one run's header
-
-
-class Mistake(Exception):
-    """Something the user must put right; the message is all that is printed."""
-
-
-def report(message) -> None:
-    print(f"logbook: {message}", file=sys.stderr)
 
 
 # ======================================================================================================================
@@ -71,7 +68,7 @@ def marked_lines(file, marks: re.Pattern):
     text = b"\n"  # the line end before the first unread line, and what is known of that line
     while chunk := file.read(CHUNK):
         if position == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise Mistake("is UTF-16 text; convert it to UTF-8")
+            raise UserError("is UTF-16 text; convert it to UTF-8")
         position += len(chunk)
         text += chunk.removeprefix(b"\xef\xbb\xbf") if position == len(chunk) else chunk
         end = text.rfind(b"\n")
@@ -146,7 +143,7 @@ def find_sources(file) -> Sources:
         if match and int(match[1]) <= MAX_SOURCE:
             candidates.append((offset, int(match[1]), match[2].decode()))
             if len(candidates) > MAX_CLAIMS:
-                raise Mistake(f"holds more than {MAX_CLAIMS} logs or sources; split it")
+                raise UserError(f"holds more than {MAX_CLAIMS} logs or sources; split it")
     proved, unproved = [], []
     for offset, size, sha256 in candidates:
         file.seek(max(0, offset - len(RULE) - 2))
@@ -317,7 +314,7 @@ class LogReader:
     def start_run(self, total: int | None) -> None:
         self.read_last_line()
         if len(self.log.runs) == MAX_RUNS:
-            raise Mistake(f"holds more than {MAX_RUNS:,} runs; split it")
+            raise UserError(f"holds more than {MAX_RUNS:,} runs; split it")
         cards = ", ".join(f"{self.gpus.count(name)} x {name}" for name in dict.fromkeys(self.gpus))
         hardware = self.hardware or cards or None
         self.run = Run(self.path, len(self.log.runs) + 1, total, hardware, self.commit)
@@ -379,7 +376,7 @@ class LogReader:
 
 
 def read_log(path: str) -> Log:
-    """Reads one log: finds its sources, then reads the lines outside them. Raises Mistake."""
+    """Reads one log: finds its sources, then reads the lines outside them. Raises UserError."""
     with open_log(path) as file:
         sources = find_sources(file)
         file.seek(0)
@@ -401,19 +398,19 @@ def read_log(path: str) -> Log:
 
 @contextlib.contextmanager
 def open_log(path: str):
-    """Opens a log as bytes; whatever is wrong with it becomes a Mistake that names the file."""
+    """Opens a log as bytes; whatever is wrong with it becomes a UserError that names the file."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise Mistake("is not a file")
+            raise UserError("is not a file")
         with open(path, "rb") as file:
             if not file.read(1):
-                raise Mistake("is empty")
+                raise UserError("is empty")
             file.seek(0)
             yield file
     except OSError as error:
-        raise Mistake(f"{path}: {error.strerror}") from None
-    except Mistake as error:
-        raise Mistake(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_logs(paths: list[str]) -> tuple[list[Run], bool]:
@@ -426,7 +423,7 @@ def read_logs(paths: list[str]) -> tuple[list[Run], bool]:
         seen.add(os.path.realpath(path))
         try:
             log = read_log(path)
-        except Mistake as error:
+        except UserError as error:
             report(error)
             whole = False
             continue
@@ -463,7 +460,7 @@ def student_t():
     try:
         from scipy import special
     except ImportError:
-        raise Mistake("this needs scipy: pip install -r records/requirements.txt") from None
+        raise UserError("this needs scipy: pip install -r records/requirements.txt") from None
     return special
 
 
@@ -520,7 +517,7 @@ class Difference:
 
 
 def results(paths: list[str]) -> tuple[list[Run], bool]:
-    """The finished runs in `paths`, and whether that is all there was; reports the rest. Mistake where none is."""
+    """The finished runs in `paths`, and whether that is all there was; reports the rest. UserError where none is."""
     runs, whole = read_logs(paths)
     finished = []
     for run in runs:
@@ -530,7 +527,7 @@ def results(paths: list[str]) -> tuple[list[Run], bool]:
         else:
             finished.append(run)
     if not finished:
-        raise Mistake("no finished run in these logs")
+        raise UserError("no finished run in these logs")
     lengths = sorted({run.final_step for run in finished})
     if len(lengths) > 1:
         report(f"these runs differ in length: {', '.join(f'{steps:,}' for steps in lengths)} steps")
@@ -591,14 +588,14 @@ def write_file(path: Path, content: bytes) -> None:
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         if target.exists() and not target.is_file():
-            raise Mistake(f"{path}: is not a file")
+            raise UserError(f"{path}: is not a file")
         try:
             draft.write_bytes(content)
             os.replace(draft, target)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        raise Mistake(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 # ======================================================================================================================
@@ -722,7 +719,7 @@ def extract(args) -> int:
     with open_log(args.log) as file:
         script, vouched = find_script(file)
     if args.out.exists() and not (args.out.is_file() and args.out.read_bytes() == script):
-        raise Mistake(f"{args.out}: exists and differs; it is left as it is")
+        raise UserError(f"{args.out}: exists and differs; it is left as it is")
     write_file(args.out, script)
     print(f"{args.out}: {len(script):,} bytes, " + ("the log's checksum matches" if vouched else "without a checksum"))
     if not vouched:
@@ -731,19 +728,19 @@ def extract(args) -> int:
 
 
 def find_script(file) -> tuple[bytes, bool]:
-    """The script in an open log, and whether a checksum vouches for it. Raises Mistake."""
+    """The script in an open log, and whether a checksum vouches for it. Raises UserError."""
     sources = find_sources(file)
     if sources.unproved:
-        raise Mistake("its source does not match its checksum: the log is damaged or edited")
+        raise UserError("its source does not match its checksum: the log is damaged or edited")
     if len({claim.sha256 for _, _, claim in sources.proved}) > 1:
-        raise Mistake("holds the logs of several scripts; split it")
+        raise UserError("holds the logs of several scripts; split it")
     if sources.proved:
         return sources.proved[0][2].prove(file)[1], True
     file.seek(0)
     text = file.read(MAX_SOURCE)
     end = re.search(rb"^={100}\r?$", text, re.MULTILINE)
     if end is None or LOG_START.match(text) or not text[: end.start()].strip():
-        raise Mistake("holds no script")
+        raise UserError("holds no script")
     return text[: end.start()], False
 
 
@@ -766,9 +763,8 @@ def check(args) -> int:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise Mistake("this needs tqdm: pip install -r requirements.txt") from None
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, _: sys.exit(128 + signum))  # the child is ended, too
+        raise UserError("this needs tqdm: pip install -r requirements.txt") from None
+    signal.signal(signal.SIGHUP, command.stop)  # as the other signals do: the child is ended, too
     names = [name for name in CHECKS if name in (args.only or CHECKS)]
     rows = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names), leave=False, disable=None) as bar:
@@ -813,13 +809,13 @@ def find_checked(file: str, folder: Path) -> tuple[Path, list[str]]:
 
 
 def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: float):
-    """Yields (check, rule, findings) as they come. Mistake if the script cannot be checked or is not loaded in time."""
+    """Yields (check, rule, findings) as they come. UserError if the script cannot be checked, or loaded in time."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    command = [sys.executable, str(RECORDS / "legality.py"), str(script), *names]
+    arguments = [sys.executable, str(RECORDS / "legality.py"), str(script), *names]
     with open(folder / "stderr", "w+", errors="replace") as stderr:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr}
-        child = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+        child = subprocess.Popen(arguments, cwd=folder, env=environment, start_new_session=True, **pipes)
         lines = queue.SimpleQueue()
         threading.Thread(target=lambda: [*map(lines.put, child.stdout), lines.put(b"")], daemon=True).start()
 
@@ -834,12 +830,12 @@ def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: f
         try:
             if isinstance(answer(STARTING), str):
                 stderr.seek(0)
-                raise Mistake(
+                raise UserError(
                     f"{' '.join(stderr.read().splitlines()[-1:])} (check needs pip install -r requirements.txt)"
                 )
             loaded = answer(seconds)
             if problem := f"importing it: {loaded}" if isinstance(loaded, str) else loaded.get("problem"):
-                raise Mistake(f"{file}: {problem}")
+                raise UserError(f"{file}: {problem}")
             for i, name in enumerate(names):
                 given = answer(seconds)
                 if isinstance(given, str):
@@ -916,10 +912,10 @@ def plot(args) -> int:
     matplotlib = load_matplotlib()
     kind = args.out.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
-        raise Mistake(f"{args.out}: the name must end in .png, .svg or .pdf")
+        raise UserError(f"{args.out}: the name must end in .png, .svg or .pdf")
     groups = [(None, args.logs)] * bool(args.logs) + [(name, logs) for name, *logs in args.group]
     if not groups or not all(logs for _, logs in groups):
-        raise Mistake("plot needs logs, and --group a name and logs")
+        raise UserError("plot needs logs, and --group a name and logs")
     drawn, whole = [], True
     for name, logs in groups:
         runs, all_read = read_logs(logs)
@@ -929,7 +925,7 @@ def plot(args) -> int:
         whole = whole and all_read and not empty
         drawn += curves([run for run in runs if run not in empty], name)
     if not drawn:
-        raise Mistake("no validation losses to draw in these logs")
+        raise UserError("no validation losses to draw in these logs")
     picture = io.BytesIO()
     settings = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
@@ -943,7 +939,7 @@ def load_matplotlib():
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
-        raise Mistake("this needs matplotlib: pip install -r records/requirements.txt") from None
+        raise UserError("this needs matplotlib: pip install -r records/requirements.txt") from None
     return matplotlib
 
 
@@ -1074,7 +1070,8 @@ def leaderboard(args) -> int:
     tracks = {match[2] for match in TABLE.finditer(text)}
     for folder in folders(RECORDS):
         if folder.name not in tracks and any(RECORD_NAME.fullmatch(record.name) for record in folders(folder)):
-            raise Mistake(f"{folder}: README.md has no table for it (<!-- leaderboard: {folder.name}, target ... -->)")
+            marker = f"<!-- leaderboard: {folder.name}, target ... -->"
+            raise UserError(f"{folder}: README.md has no table for it ({marker})")
     current = TABLE.sub(lambda match: match[1] + track_table(match[2], float(match[3])) + match[5], text)
     if args.check:
         print(f"{readme}: {'up to date' if current == text else 'out of date; run the leaderboard command'}")
@@ -1091,17 +1088,17 @@ def track_table(track: str, target: float) -> str:
     rows = []
     for folder in folders(RECORDS / track):
         if not (name := RECORD_NAME.fullmatch(folder.name)):
-            raise Mistake(f"{folder}: a record's folder is named <date>_<name>, like 2026-05-31_sign_trick")
+            raise UserError(f"{folder}: a record's folder is named <date>_<name>, like 2026-05-31_sign_trick")
         text = read_text(folder / "README.md")
         if not (title := TITLE.search(text)):
-            raise Mistake(f"{folder / 'README.md'}: has no heading to take the record's title from")
+            raise UserError(f"{folder / 'README.md'}: has no heading to take the record's title from")
         contributors = CONTRIBUTORS.search(text)
         logs = sorted(str(path) for path in folder.rglob("*.txt"))
         if not logs:
-            raise Mistake(f"{folder}: holds no logs (*.txt)")
+            raise UserError(f"{folder}: holds no logs (*.txt)")
         runs, whole = results(logs)
         if not whole:
-            raise Mistake(f"{folder}: holds logs that do not count; README.md is left as it is")
+            raise UserError(f"{folder}: holds logs that do not count; README.md is left as it is")
         loss, time = loss_sample(runs), time_sample(runs)
         rows.append(
             [
@@ -1129,22 +1126,14 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise Mistake(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise Mistake(f"{path}: is not UTF-8 text") from None
+        raise UserError(f"{path}: is not UTF-8 text") from None
 
 
 # ======================================================================================================================
 # Command line
 # ======================================================================================================================
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command in one line."""
-
-    def error(self, message):
-        report(f"{message} (see {self.prog} --help)")
-        sys.exit(2)
 
 
 def positive(what: str):
@@ -1162,25 +1151,26 @@ def positive(what: str):
     return read
 
 
-def command_line() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def command_line() -> command.Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function):
+    def add(function):
         made = commands.add_parser(function.__name__, description=function.__doc__, allow_abbrev=False)
         made.set_defaults(command=function)
         return made
 
-    def add_logs(command):
-        command.add_argument("logs", nargs="+", metavar="LOG")
+    def add_logs(made):
+        made.add_argument("logs", nargs="+", metavar="LOG")
 
-    def add_formats(command):
-        formats = command.add_mutually_exclusive_group()
+    def add_formats(made):
+        formats = made.add_mutually_exclusive_group()
         formats.add_argument("--json", action="store_true", help="print JSON")
         formats.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
-    def add_target(command):
-        command.add_argument(
+    def add_target(made):
+        made.add_argument(
             "--target",
             type=positive("a loss"),
             default=TARGET,
@@ -1188,21 +1178,21 @@ def command_line() -> Parser:
             help=f"loss to reach (default {TARGET})",
         )
 
-    made = command(show)
+    made = add(show)
     add_logs(made)
     add_formats(made)
 
-    made = command(stats)
+    made = add(stats)
     add_logs(made)
     add_target(made)
     add_formats(made)
 
-    made = command(compare)
+    made = add(compare)
     add_logs(made)
     made.add_argument("--vs", nargs="+", required=True, metavar="LOG", help="the runs to compare with")
     add_formats(made)
 
-    made = command(plot)
+    made = add(plot)
     made.add_argument("logs", nargs="*", metavar="LOG", help="drawn as a group a folder where they repeat a run")
     made.add_argument(
         "--group", nargs="+", action="append", default=[], metavar=("NAME", "LOG"), help="logs drawn under this name"
@@ -1210,18 +1200,18 @@ def command_line() -> Parser:
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
     add_target(made)
 
-    made = command(extract)
+    made = add(extract)
     made.add_argument("log", metavar="LOG")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the script")
 
-    made = command(check)
+    made = add(check)
     made.add_argument("file", metavar="SCRIPT_OR_LOG", help="a script's name ends in .py")
     made.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     patience = {"type": positive("a time"), "default": 300, "metavar": "SECONDS"}
     made.add_argument("--timeout", **patience, help="what loading, or a check, may take (default 300)")
     add_formats(made)
 
-    made = command(leaderboard)
+    made = add(leaderboard)
     made.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")
     return parser
 
@@ -1230,20 +1220,8 @@ def main() -> int:
     # A file name may hold what the terminal's encoding does not.
     sys.stdout.reconfigure(errors="backslashreplace")
     args = command_line().parse_args()
-    try:
-        status = args.command(args)
-        sys.stdout.flush()
-        return status
-    except Mistake as mistake:
-        report(mistake)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader, `head` say, has enough. Nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return args.command(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

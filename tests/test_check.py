@@ -285,7 +285,7 @@ def hanging(tmp_path):
 
 def test_script_that_hangs_is_ended_and_a_mistake_in_one_line(hanging):
     script, is_there, written = hanging
-    assert mistake("check", script, "--timeout", "3") == f"logbook: {script}: importing it: not done after 3 s"
+    assert mistake("check", script, "--timeout", "3") == f"logbook.py: {script}: importing it: not done after 3 s"
     assert written.exists() and not is_there()
 
 

@@ -21,6 +21,7 @@ import pytest
 
 import shards
 import text
+from command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TIKTOKEN_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT.parent / "shared" / "tiktoken_cache"))
@@ -30,6 +31,7 @@ needs_gpt2 = pytest.mark.skipif(not TIKTOKEN_CACHE.is_dir(), reason="no copy of 
 def make_project(folder):
     """A copy of the data tools with requirements beside it, so that no test writes into the project's own data/."""
     shutil.copytree(ROOT / "data", folder / "data", ignore=lambda directory, names: [n for n in names if "." not in n])
+    shutil.copy(ROOT / "command.py", folder)
     (folder / "requirements.txt").write_text("numpy\nsympy==1.14.0  # the embedded corpus\n")
     return folder
 
@@ -146,16 +148,15 @@ def test_check_shard_counts_tokens(tmp_path):
 )
 def test_damaged_shard_is_named_with_what_was_expected_and_found(tmp_path, data, expected, found):
     (tmp_path / "a.bin").write_bytes(data)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         shards.check_shard(tmp_path / "a.bin")
-    assert isinstance(caught.value, shards.ShardError)
     assert str(tmp_path / "a.bin") in str(caught.value)
     assert expected in str(caught.value) and found in str(caught.value)
 
 
 @pytest.mark.parametrize("tokens", [[1, 65536], [-1], [0.5], [[1, 2]]])
 def test_tokens_beyond_uint16_are_rejected_and_nothing_is_written(tmp_path, tokens):
-    with pytest.raises(shards.ShardError):
+    with pytest.raises(UserError):
         shards.write_shard(tmp_path / "a.bin", tokens)
     assert files_in(tmp_path) == []
 

@@ -17,6 +17,7 @@ import hellaswag
 import sample
 import shards
 import train_gpt
+from command import UserError
 from test_command_line import launcher  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,13 +113,12 @@ def test_hellaswag_reports_both_accuracies_with_their_standard_errors(path, data
         (json.dumps({**ITEMS[0], "ctx": "a " * 500}) + "\n", "--pack 512"),
     ],
 )
-def test_bad_items_are_answered_with_a_line(path, data, content, words, monkeypatch, capsys):
+def test_bad_items_are_answered_with_a_line(path, data, content, words, monkeypatch):
     data.write_text(content)
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", "--checkpoint", str(path), "--data", str(data), "--pack", "512"])
-    with pytest.raises(SystemExit) as end:
-        checkpoint.run(hellaswag.main)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and words in error and error.count("\n") == 1
+    with pytest.raises(UserError) as end:
+        hellaswag.main()
+    assert end.value.status == 2 and words in str(end.value)
 
 
 def test_missing_checkpoint_is_answered_with_a_line(tmp_path):

@@ -324,7 +324,7 @@ def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_read(tmp_path):
     bad, good = write(tmp_path / "bad.txt", lines), write(tmp_path / "good.txt", our_log())
     done = logbook("show", "--json", bad, good, status=2)
     assert [row["val_loss"] for row in json.loads(done.stdout)] == [3.2, 2.1034]
-    assert done.stderr == f"logbook: {bad}: line 2: cannot read 'val_loss:4.0x'\n"
+    assert done.stderr == f"logbook.py: {bad}: line 2: cannot read 'val_loss:4.0x'\n"
 
 
 @pytest.mark.parametrize("fields", ["val_loss:3.5 train_time:85", "val_loss:3.5ms", "val_loss:", "val_loss:3,5"])
@@ -346,10 +346,10 @@ def test_files_without_a_run_are_named_with_the_reason_and_the_rest_is_read(tmp_
     done = logbook("show", "--json", *paths, tmp_path / "missing.txt", tmp_path, good, status=2)
     assert [row["file"] for row in json.loads(done.stdout)] == [str(good)]
     reasons = ["no training lines", "no training lines", "is empty", "is UTF-16 text; convert it to UTF-8"]
-    reasons = [f"logbook: {path}: {reason}" for path, reason in zip(paths, reasons, strict=True)]
+    reasons = [f"logbook.py: {path}: {reason}" for path, reason in zip(paths, reasons, strict=True)]
     reasons += [
-        f"logbook: {tmp_path / 'missing.txt'}: No such file or directory",
-        f"logbook: {tmp_path}: is not a file",
+        f"logbook.py: {tmp_path / 'missing.txt'}: No such file or directory",
+        f"logbook.py: {tmp_path}: is not a file",
     ]
     assert done.stderr.splitlines() == reasons
 
@@ -404,7 +404,7 @@ def test_a_run_that_did_not_finish_is_left_out_by_name(tmp_path):
     killed = write(tmp_path / "killed.txt", val(500, 1000, 3.0, 40_000) + train(700, 1000, 2.9, 56_000))
     done = logbook("stats", *runs, killed, status=2)
     assert "n = 8\n" in done.stdout
-    assert done.stderr == f"logbook: {killed}: left out: stops at step 700 of 1000, last validated at step 500\n"
+    assert done.stderr == f"logbook.py: {killed}: left out: stops at step 700 of 1000, last validated at step 500\n"
 
 
 def test_a_log_that_is_named_twice_counts_once(tmp_path):
@@ -441,7 +441,7 @@ def test_a_missing_package_is_one_line_and_show_does_without(tmp_path, package):
     runs = sample(tmp_path, LOSSES)
     command = {"scipy": ["stats", *runs], "matplotlib": ["plot", *runs, "--out", tmp_path / "a.png"]}[package]
     line = mistake(*command, env=env)
-    assert line == f"logbook: this needs {package}: pip install -r records/requirements.txt"
+    assert line == f"logbook.py: this needs {package}: pip install -r records/requirements.txt"
     logbook("show", *runs, env=env)
 
 
@@ -505,8 +505,9 @@ def test_extract_gives_back_the_script_byte_for_byte(tmp_path, source):
     assert "checksum matches" in done.stdout and done.stderr == ""
 
 
-def test_the_extracted_script_runs(tmp_path):
-    source = (ROOT / "records" / "logbook.py").read_bytes()
+def test_an_extracted_script_runs_wherever_it_lies(tmp_path):
+    pytest.importorskip("torch")
+    source = (ROOT / "records" / "optimizer_track" / "train.py").read_bytes()
     logbook("extract", write(tmp_path / "a.txt", our_log(source)), "--out", tmp_path / "again.py")
     assert "usage: again.py" in logbook("--help", script=tmp_path / "again.py").stdout
 
@@ -562,6 +563,7 @@ def records(tmp_path):
         write(record / "README.md", f"# {title}\n\nWhat changed: much.\n\nContributors: @me\n")
         sample(record, losses, [80_000] * len(losses))
     shutil.copy(LOGBOOK, folder)
+    shutil.copy(ROOT / "command.py", tmp_path)
     return folder
 
 
@@ -637,7 +639,7 @@ def test_the_tables_of_this_repository_are_up_to_date():
 def test_a_mistake_in_the_command_is_answered_in_one_line(args):
     if args[:1] == ["plot"]:
         pytest.importorskip("matplotlib")
-    assert mistake(*args).startswith("logbook: ")
+    assert mistake(*args).startswith("logbook.py: ")
 
 
 MEASURE = """

@@ -6,20 +6,24 @@ It needs the preset's shards, since their documents are what attention is cut to
 attention of train_gpt.py.
 """
 
-import argparse
 import collections
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import relative_error
-from runs import command, stage_alone
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command
 import train_gpt
+from kernels import relative_error
+from step_time import stage_alone
 
 # FlexAttention's blocks of queries and of keys, pipeline stages and warps, forward; the same backward, where the blocks
 # are those of the products for dK and dV, and the other way round for dQ.
@@ -126,7 +130,7 @@ def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     _, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
@@ -151,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command.run(main, train_gpt.UserError)

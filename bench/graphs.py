@@ -8,10 +8,13 @@ on all cores), the kernel that took longest, and how many kernels there are, spi
 Exit status 1 if a graph does not compile, for instance for want of shared memory.
 """
 
-import argparse
 import sys
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command
 import fake_cuda
 
 
@@ -58,7 +61,10 @@ def compile_all(target: int, options: list[str], compiled: fake_cuda.Compiled) -
 
     import train_gpt
 
-    settings, _ = train_gpt.parse_arguments(options)
+    try:
+        settings, _ = train_gpt.parse_arguments(options)
+    except train_gpt.UserError as error:  # whose type could not be named before now
+        raise command.UserError(error) from None
     dtype = torch.bfloat16
     with torch.device("meta"):
         model = train_gpt.GPT(settings.model, dtype, fp8=train_gpt.choose_fp8(settings, torch.device("cuda"), dtype))
@@ -76,18 +82,16 @@ def compile_all(target: int, options: list[str], compiled: fake_cuda.Compiled) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     help = "compute capability, times ten (default: 90)"
     parser.add_argument("--target", type=int, choices=fake_cuda.SHARED, default=90, help=help)
     arguments, options = parser.parse_known_args()
     try:
         compiled = fake_cuda.pretend(arguments.target)
     except RuntimeError as error:
-        parser.error(str(error))
-    from runs import command  # which imports torch
-
-    command(lambda: compile_all(arguments.target, options, compiled))
+        raise command.UserError(error) from None
+    compile_all(arguments.target, options, compiled)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

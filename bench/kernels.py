@@ -6,7 +6,6 @@
 Exit status 1 if a kernel spills on sm_90, or takes more shared memory than its target has.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +16,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from fake_cuda import SHARED, resources
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_gpt  # noqa: E402
+import command
+import train_gpt
+from fake_cuda import SHARED, resources
 
 DIM, VOCAB = 768, 50_304
 KERNELS = ("symmetric_kernel", "mlp_kernel", "loss_kernel", "transpose_kernel")
@@ -221,18 +221,17 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--aot", action="store_true", help="compile only, for sm_80, sm_89 and sm_90, without a GPU")
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of a sequence (default: 16,384)")
     arguments = parser.parse_args()
     if train_gpt.triton is None:
-        sys.exit("kernels.py: needs Triton: pip install triton")
+        raise command.UserError("needs Triton: pip install triton")
     if not arguments.aot and not torch.cuda.is_available():
-        print("kernels.py: no GPU here; --aot compiles the kernels without one", file=sys.stderr)
-        return 2
+        raise command.UserError("no GPU here; --aot compiles the kernels without one")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return compile_all() if arguments.aot else measure_all(arguments.tokens)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, train_gpt.UserError)

@@ -7,10 +7,13 @@ On a GPU, `--measure` also runs the largest stage's steps with each number of sl
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from runs import command
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command
 import train_gpt
 
 CARDS = (80, 48, 24, 16)  # GB, of which a tenth is left to CUDA, the compiler's scratch and fragmentation
@@ -36,7 +39,7 @@ def main() -> None:
     settings, _ = train_gpt.parse_arguments([each for each in arguments if each != "--measure"])
     world = train_gpt.find_world()
     if measure and world.device.type != "cuda":
-        raise train_gpt.UserError("--measure needs a GPU")
+        raise command.UserError("--measure needs a GPU")
     with torch.device("meta"):
         model = train_gpt.GPT(settings.model, torch.bfloat16)
     needs = {}
@@ -59,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command.run(main, train_gpt.UserError)

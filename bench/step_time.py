@@ -7,18 +7,21 @@ large matrix product, measured on the same device. --profile adds where the time
 of kernel, and the kernels that take most. On the CPU operators stand for kernels.
 """
 
-import argparse
 import re
+import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 BEGIN = time.perf_counter()
 
-
 import torch  # noqa: E402
-from runs import command, stage_alone  # noqa: E402
 from torch.profiler import ProfilerActivity  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command  # noqa: E402
 import train_gpt  # noqa: E402
 
 WARM = 4  # steps of a stage that are not measured
@@ -33,6 +36,11 @@ KINDS = {
     "compiled": "triton_|compiled",
     "copies, communication": "mem(cpy|set)|copy|nccl|c10d",
 }
+
+
+def stage_alone(settings: train_gpt.Settings, stage: train_gpt.Stage, steps: int) -> train_gpt.Settings:
+    """Settings whose run is so many steps of one stage, and one more."""
+    return replace(settings, stages=(replace(stage, steps=steps),), extension=replace(stage, steps=1))
 
 
 class Runner:
@@ -98,7 +106,7 @@ def print_profile(rows: dict[str, list[tuple[str, float, float]]], longest: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--measure", type=int, default=20, help="steps that are measured in each stage (default: 20)")
     parser.add_argument("--profile", type=int, default=0, help="kernels to name in each stage (default: none)")
     arguments, rest = parser.parse_known_args()
@@ -143,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command.run(main, train_gpt.UserError)

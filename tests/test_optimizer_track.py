@@ -20,12 +20,11 @@ import torch
 
 import logbook
 import shards
+import tune as driver
+from command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "records" / "optimizer_track" / "train.py"
-sys.path.append(str(ROOT / "bench"))
-
-import optimizer_track as driver  # noqa: E402
 
 
 def load_script():
@@ -584,13 +583,13 @@ def laptop(tmp_path, monkeypatch):
     return made
 
 
-def drive(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["optimizer_track.py", *map(str, arguments)])
-    return driver.main()
+def drive(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune.py", *map(str, arguments)])
+    driver.main()
 
 
 def test_grid_marks_the_best_point_and_the_edge(laptop, tmp_path, monkeypatch):
-    assert drive(monkeypatch, "grid", "--grid-steps", 400) == 0
+    drive(monkeypatch, "grid", "--grid-steps", 400)
     assert len(laptop) == len(set(laptop)) == 6 + 9
     text = (tmp_path / "README.md").read_text()
     # 1.5 + 0.001 * (740 - 400) at the best point of AdamW, 0.1 * 0.05 more beside it.
@@ -614,7 +613,7 @@ def test_grid_goes_on_where_it_was_cut_off(laptop, tmp_path, monkeypatch):
 
 
 def test_runs_find_the_fewest_steps_and_count_other_seeds(laptop, tmp_path, monkeypatch):
-    assert drive(monkeypatch, "runs", "--target", 1.5, "--grid-steps", 400, "--seeds", 4) == 0
+    drive(monkeypatch, "runs", "--target", 1.5, "--grid-steps", 400, "--seeds", 4)
     # Seed 0 reaches the target from 750 steps on, a margin of 0.010. The others' mean is the same, their deviation
     # 0.001 * sqrt((2 * 1.5^2 + 2 * 0.5^2) / 3) = 0.00129: t = -0.010 / (0.00129 / 2) = -15.5, of 3 degrees of freedom.
     text = (tmp_path / "README.md").read_text()
@@ -622,7 +621,7 @@ def test_runs_find_the_fewest_steps_and_count_other_seeds(laptop, tmp_path, monk
     assert "\n| muon | lr 0.02, momentum 0.95 | 425 | 4 | 1.4850 | 0.0013 | 8.7e-05 |\n" in text
     assert "Not measured yet." not in text and "Target: 1.5 nats per byte." in text
     laptop.clear()
-    assert drive(monkeypatch, "runs", "--target", 1.5, "--grid-steps", 400, "--seeds", 4) == 0
+    drive(monkeypatch, "runs", "--target", 1.5, "--grid-steps", 400, "--seeds", 4)
     assert laptop == [] and (tmp_path / "README.md").read_text() == text
 
 
@@ -637,11 +636,11 @@ def test_runs_that_are_not_significant_take_more_steps(laptop, tmp_path, monkeyp
     assert "\n| muon | lr 0.02, momentum 0.95 | more than 1200 | - | - | - | - |\n" in text
 
 
-def test_runs_need_a_target(laptop, monkeypatch, capsys):
+def test_runs_need_a_target(laptop, monkeypatch):
     for arguments in (["runs"], ["runs", "--target", 1.5, "--seeds", 1]):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(UserError) as end:
             drive(monkeypatch, *arguments)
-        assert end.value.code == 2 and laptop == []
+        assert "--target" in str(end.value) and laptop == []
 
 
 def test_every_grid_is_of_an_optimizer_and_its_hyperparameters():

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import ablate
+import logbook
+import plan
+import runs
+import track
+import tune
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records"
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "records")]
-
-import ablate  # noqa: E402
-import plan  # noqa: E402
-import runs  # noqa: E402
-import track  # noqa: E402
-
-import logbook  # noqa: E402
-import optimizer_track  # noqa: E402
 
 
 def run_of(path: Path) -> logbook.Run:
@@ -46,7 +44,7 @@ def trains_nothing(monkeypatch):
         pytest.fail(f"{path} is not there, or not complete")
 
     monkeypatch.setattr(track, "train", train)
-    monkeypatch.setattr(optimizer_track, "train", train)
+    monkeypatch.setattr(tune, "train", train)
 
 
 def test_leaderboards_are_up_to_date(capsys, monkeypatch):
@@ -58,12 +56,12 @@ def test_leaderboards_are_up_to_date(capsys, monkeypatch):
 
 
 def test_ablation_table_is_that_of_its_logs():
-    assert (RECORDS / "ablation" / "table.md").read_text() == ablate.table(RECORDS / "ablation", 3)
+    assert (RECORDS / "ablation" / "table.md").read_text() == ablate.table(RECORDS / "ablation", ablate.variants(), 3)
 
 
 def ablation() -> dict[str, str]:
     """By option, the difference of loss without a technique, as the logs have it."""
-    rows = table_rows(ablate.table(RECORDS / "ablation", 3), 6)
+    rows = table_rows(ablate.table(RECORDS / "ablation", ablate.variants(), 3), 6)
     return {re.match(r"`--(\S+)", row[1])[1]: row[4] for row in rows if row[1].startswith("`--")}
 
 
@@ -126,16 +124,16 @@ def test_every_record_of_the_laptop_track_reaches_the_target(tiny):
 
 def test_optimizer_tracks_tables_are_those_of_its_logs(trains_nothing, tmp_path, monkeypatch):
     """The grids, as far as they have been run; and the results, or else that there are none."""
-    text = optimizer_track.README.read_text()
-    monkeypatch.setattr(optimizer_track, "README", without_sections(optimizer_track.README, tmp_path, "grid", "runs"))
+    text = tune.README.read_text()
+    monkeypatch.setattr(tune, "README", without_sections(tune.README, tmp_path, "grid", "runs"))
     steps = int(re.search(r"^\*\*\w+\*\*, (\d+) steps$", text, re.MULTILINE)[1])
-    optimizer_track.write_grids(steps)
-    if counted := [path for path in optimizer_track.OUT.glob("*.txt") if not path.stem.endswith("seed-0")]:
+    tune.write_grids(steps)
+    if counted := [path for path in tune.OUT.glob("*.txt") if not path.stem.endswith("seed-0")]:
         seeds = max(int(path.stem.rpartition("-")[2]) for path in counted)
-        optimizer_track.runs(steps, float(re.search(r"^Target: ([\d.]+) nats", text, re.MULTILINE)[1]), seeds)
+        tune.runs(steps, float(re.search(r"^Target: ([\d.]+) nats", text, re.MULTILINE)[1]), seeds)
     else:
-        runs.put_section(optimizer_track.README, "runs", "Not measured yet.\n")
-    assert optimizer_track.README.read_text() == text
+        runs.put_section(tune.README, "runs", "Not measured yet.\n")
+    assert tune.README.read_text() == text
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------
@@ -177,10 +175,10 @@ def test_readmes_results_are_those_of_the_logs(readme, tiny):
 
 
 def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
-    track_readme = optimizer_track.README.read_text()
+    track_readme = tune.README.read_text()
     target = re.search(r"^Target: ([\d.]+) nats", track_readme, re.MULTILINE)[1]
     rows = table_rows(track_readme.partition("<!-- runs -->")[2], 7)[1:]
-    assert [row[0] for row in rows] == list(optimizer_track.GRIDS)
+    assert [row[0] for row in rows] == list(tune.GRIDS)
     what = f"AdamW, Muon, NorMuon, SOAP to {target} nats per byte, all else fixed"
     assert f"| {what} | {', '.join(row[2] for row in rows)} steps |" in readme
 

@@ -1,25 +1,27 @@
 """The laptop track: from the tuned GPT-2 baseline to the recipe, on the embedded corpus and any CPU.
 
-    python bench/track.py grid       the baseline's grid of learning rate and batch, on shortened runs
-    python bench/track.py search     the fewest steps with which each record reaches the target, one seed
-    python bench/track.py runs       all records, interleaved, with several seeds; the table and the picture
+    python records/tiny/track.py grid       the baseline's grid of learning rate and batch, on shortened runs
+    python records/tiny/track.py search     the fewest steps with which each record reaches the target, one seed
+    python records/tiny/track.py runs       all records, interleaved, with several seeds; the table and the picture
 
 The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, and MARGIN, rounded up to 0.01.
 All three are resumable: a run whose log is complete is not run again. Logs go to records/tiny/, tables into its README.
 """
 
-import argparse
-import json
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import ROOT, finished, interval, logbook, put_section, side_by_side, step_time, train
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+
+import command
+import logbook
 import train_gpt
+from runs import ROOT, finished, interval, origin, put_section, side_by_side, step_time, train
 
 OUT = ROOT / "records" / "tiny"
 README, PRESET = OUT / "README.md", OUT / "_preset" / "run.txt"
@@ -114,7 +116,7 @@ def grid() -> Record:
     best = min(losses, key=losses.get)
     edges = [best[0] in (RATES[0], RATES[-1]), best[1] in (BATCHES[0], BATCHES[-1])]
     if any(edges):
-        sys.exit(f"track.py: the best point, {best}, lies on the grid's edge: widen RATES or BATCHES")
+        raise command.UserError(f"the best point, {best}, lies on the grid's edge: widen RATES or BATCHES")
     return baseline(*best)
 
 
@@ -147,7 +149,9 @@ def fewest_steps(record: Record, aim: float, steps: int, limit: int) -> int:
         steps = min(max(math.ceil(near * math.exp(-distance)), near // 3, 8), 3 * near, limit)
         if steps in losses:
             reaching = [n for n, loss in losses.items() if loss <= aim]
-            return min(reaching) if reaching else sys.exit(f"track.py: {record.name}: {losses} nats, not {aim:.2f}")
+            if not reaching:
+                raise command.UserError(f"{record.name}: {losses} nats, not {aim:.2f}")
+            return min(reaching)
 
 
 def search(records: list[Record]) -> tuple[float, dict[str, int]]:
@@ -207,12 +211,11 @@ def draw(logs: list[Path]) -> None:
 
 def tokens_of(path: Path) -> int:
     """The training tokens of a run, from its log's settings."""
-    settings = path.read_text().rpartition("\nsettings: ")[2].partition("\n")[0]
-    if '"stages"' not in settings:
-        steps, batch = (int(re.search(rf'"{name}": (\d+)', settings)[1]) for name in ("steps", "batch_tokens"))
-        return steps * batch
-    saved = json.loads(settings)
-    return sum(stage["steps"] * stage["batch_tokens"] for stage in (*saved["stages"], saved["extension"]))
+    settings = origin(path).settings
+    if "stages" not in settings:
+        return settings["steps"] * settings["batch_tokens"]
+    stages = (*settings["stages"], settings["extension"])
+    return sum(stage["steps"] * stage["batch_tokens"] for stage in stages)
 
 
 def table(records: list[Record], target: float, seeds: int) -> str:
@@ -240,20 +243,19 @@ def table(records: list[Record], target: float, seeds: int) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main() -> None:
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("grid", "search", "runs"))
     parser.add_argument("--seeds", type=int, default=5, help="runs of each record (default: 5)")
     arguments = parser.parse_args()
     records = history(grid())
     if arguments.what == "grid":
-        return 0
+        return
     target, steps = search(records)
     print(f"target {target:.2f}; steps: {steps}")
     if arguments.what == "runs":
         runs(records, target, steps, arguments.seeds)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, train_gpt.UserError)

@@ -1,6 +1,7 @@
-"""What the programs of this folder share: how one ends, runs that are kept when their log is complete, and tables."""
+"""What the programs that make the tracks' results share: runs, which are kept once complete, and tables."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -10,30 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+import logbook
+from command import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-
-import logbook  # noqa: E402
-import train_gpt  # noqa: E402
-
-
-def command(main: Callable[[], None]) -> None:
-    """Calls a program's work; a user's mistake is one line, and exit status 2."""
-    try:
-        main()
-    except train_gpt.UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def stage_alone(settings: train_gpt.Settings, stage: train_gpt.Stage, steps: int) -> train_gpt.Settings:
-    """Settings whose run is so many steps of one stage, and one more."""
-    return replace(settings, stages=(replace(stage, steps=steps),), extension=replace(stage, steps=1))
 
 
 def finished(path: Path) -> logbook.Run | None:
@@ -44,10 +30,29 @@ def finished(path: Path) -> logbook.Run | None:
     return None if run.flaw() else run
 
 
-def train(path: Path, script: str, options: list[str], alone: bool = True) -> None:
-    """Runs a training script of this repository; its log is moved to `path` when it is complete. Exits if it fails.
+class Origin(NamedTuple):
+    """What made a log."""
 
-    A run that is not alone has one thread.
+    source: str | None  # the script's SHA-256; None if the log has none that its text bears out
+    settings: dict[str, object]  # with those of the model among the others
+
+
+def origin(path: Path) -> Origin:
+    """What made a log of train_gpt.py, or of a script that writes logs as it does. Raises UserError."""
+    with open(path, "rb") as file:
+        proved = logbook.find_sources(file).proved
+    source = proved[-1][2].sha256 if proved else None
+    _, found, rest = path.read_text(encoding="utf-8").rpartition("\nsettings: {")
+    if not found:
+        raise UserError(f"{path}: its log has no settings; it is none of train_gpt.py")
+    settings = json.loads("{" + rest.partition("\n")[0])
+    return Origin(source, settings | settings.get("model", {}))
+
+
+def train(path: Path, script: str, options: list[str], alone: bool = True) -> None:
+    """Runs a training script of this repository; its log is moved to `path` when it is complete.
+
+    A run that is not alone has one thread. UserError, with the run's exit status, if it fails.
     """
     log = ROOT / "logs" / f"{path.parent.name}-{path.name}"
     log.unlink(missing_ok=True)  # of a run that was cut off
@@ -55,7 +60,9 @@ def train(path: Path, script: str, options: list[str], alone: bool = True) -> No
     environment = os.environ if alone else {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
-        sys.exit(f"{path.stem}: {' '.join(command[1:])} failed: {''.join(run.stderr.strip().splitlines()[-1:])}")
+        said = "".join(run.stderr.strip().splitlines()[-1:])
+        status = run.returncode if run.returncode > 0 else 128 - run.returncode  # -15: by SIGTERM
+        raise UserError(f"{path.stem}: {' '.join(command[1:])} failed: {said}", status)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(log, path)
 

@@ -1,19 +1,23 @@
 """The optimizer track at laptop scale: tunes each optimizer over its grid, then finds its fewest steps to a target.
 
-    python bench/optimizer_track.py grid                          every point of every grid, at equal steps
-    python bench/optimizer_track.py runs --target 1.5 --seeds 5   fewest steps of each at its best point, and p
+    python records/optimizer_track/tune.py grid                          every point of every grid, at equal steps
+    python records/optimizer_track/tune.py runs --target 1.5 --seeds 5   fewest steps of each at its best point, and p
 
 Both are resumable: a run whose log, in records/optimizer_track/laptop/, is complete is not run again. The tables in
 records/optimizer_track/README.md are rewritten from the logs after each run. Points are tuned and steps are found with
 seed 0; the runs that count have the seeds 1, 2, ...
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
 
-from runs import ROOT, finished, logbook, put_section, side_by_side, train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+
+import command
+import logbook
+from runs import ROOT, finished, put_section, side_by_side, train
 
 SCRIPT = "records/optimizer_track/train.py"
 OUT = ROOT / "records" / "optimizer_track" / "laptop"
@@ -126,8 +130,8 @@ def runs(grid_steps: int, target: float, seeds: int) -> None:
         put_section(README, "runs", "\n".join(lines) + "\n")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main() -> None:
+    parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("grid", "runs"), help="runs: what is missing of the grids first")
     parser.add_argument("--grid-steps", type=int, default=200, help="steps of each run of the grids (default: 200)")
     parser.add_argument("--target", type=float, help="loss to reach, in nats per byte")
@@ -138,8 +142,7 @@ def main() -> int:
     grid(arguments.grid_steps)
     if arguments.what == "runs":
         runs(arguments.grid_steps, arguments.target, arguments.seeds)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

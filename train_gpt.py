@@ -1,13 +1,28 @@
-"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, as fast as the hardware allows.
+"""Train a GPT-2-class language model to 3.28 validation loss on FineWeb, as fast as it goes.
 
-One file holds the whole experiment, to be read from top to bottom: settings, kernels, numerics, attention, model,
-optimizer, data, training, command line. `./run.sh` runs it on every GPU it finds, or on the CPU with a small model;
-`python train_gpt.py --help` lists the options. Numbers in [brackets] name the record of the public leaderboard
-(modded-nanogpt) that introduced an idea. Importing this file has no side effects.
+One file holds the whole experiment, to be read from top to bottom:
+
+  1. Settings      the network as a table of layers, the schedule as a table of stages, all numbers
+  2. Kernels       Triton kernels, each beside the plain PyTorch that runs where they do not
+  3. Numerics      8-bit floats, the head and the MLP, bf16 weights that are exact, Polar Express
+  4. Attention     masks and windows: FlexAttention on GPUs, banded attention on CPUs
+  5. Model         the parameters, and the forward pass
+  6. Optimizer     NorMuon and Adam, and what the ranks exchange
+  7. Data          shards, and which documents make which batch
+  8. Training      one process, the clock, the log, checkpoints, the loop
+  9. Command line  options, checks, --dry-run
+
+`./run.sh` starts it on every GPU it finds, or on the CPU with a small model, and
+`python train_gpt.py --help` lists the options. An attempt at a record is mostly an edit of
+section 1.
+
+A number in [brackets] is a record of the public leaderboard (modded-nanogpt): [58] is the record
+that introduced the idea. records/README.md has the table of all of them, with dates and authors.
+
+Importing this file has no side effects.
 """
 
 import argparse
-import collections
 import contextlib
 import difflib
 import functools
@@ -24,12 +39,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import typing
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +62,21 @@ try:
     import triton.language as tl
     from triton.language import constexpr
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # macOS, or a CPU without it
-    triton = constexpr = None
-jit = triton.jit if triton else lambda kernel: kernel
+except ImportError:  # on macOS, or a CPU without it
+    triton = None
+    constexpr = None
 
-# 1. Settings ==========================================================================================================
-# The experiment is two tables, a row a layer (RECORD_LAYERS) and a row a stage (PRESETS), and the scalars above them.
-# An attempt at a record is mostly an edit there. Every scalar is also an option: `--seed 7`, `--muon-lr 0.02`.
+
+def jit(kernel: Callable) -> Callable:
+    """`triton.jit` where there is Triton; elsewhere nothing calls the kernels."""
+    if triton is None:
+        return kernel
+    return triton.jit(kernel)
+
+
+# 1. Settings ======================================================================================
+# The experiment: a table of layers (RECORD_LAYERS), a table of stages (PRESETS), a table of
+# parameters (`parameter_table`), and the scalars. Every scalar is also an option: `--seed 7`.
 
 
 def setting(default, help: str, **limits):
@@ -58,18 +84,34 @@ def setting(default, help: str, **limits):
     return field(default=default, metadata={"help": help, **limits})
 
 
+DTYPES = ("auto", "bfloat16", "float32")
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One row of the network's table: what a layer has besides its MLP. A layer is named by its row's number."""
+    """One row of the network's table: what a layer has besides its MLP.
 
-    attention: bool = True  # else only the MLP
-    window: str = "short"  # which of the stage's two windows; a "long" one has the partial key offset [49]
-    paired_heads: bool = False  # two heads interleaved into one [58]
-    value_embeds: int | None = None  # the table of value embeddings that is mixed into v [14]
-    xsa: bool = False  # exclusive self attention: the output loses a part of its token's own value [82]
-    single_input: int | None = None  # attention reads the stream as it was after that layer [77]
-    skip: int | None = None  # first adds the stream as it was after that layer, through the one gate [55]
-    mudd: tuple[int, int, int] | None = None  # earlier ones, mixed in by token: the first here, all after the last [81]
+    Rows are numbered from 0, and a layer is named by its row's number.
+    """
+
+    # False: the layer is an MLP alone.
+    attention: bool = True
+    # Which of the stage's two windows, "short" or "long". Layers with the long one also have the
+    # partial key offset [49].
+    window: str = "short"
+    # Heads 2p and 2p + 1 are interleaved into one head over twice the positions [58].
+    paired_heads: bool = False
+    # The number of the table of value embeddings that is mixed into v [14].
+    value_embeds: int | None = None
+    # Exclusive self attention: the output loses a part of its token's own value [82].
+    xsa: bool = False
+    # Attention reads the residual stream as it was after that layer [77].
+    single_input: int | None = None
+    # Before the layer, the residual stream as it was after that layer is added, gated [55].
+    skip: int | None = None
+    # MUDD [81]: three earlier layers whose outputs are mixed in with weights that each token
+    # computes. The first one is mixed in before this layer, all three after the last layer.
+    mudd: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,33 +121,42 @@ class Stage:
     steps: int
     batch_tokens: int
     max_seq_len: int  # documents are cut to this many tokens
-    windows: tuple[int, int]  # short and long attention window, tokens
+    windows: tuple[int, int]  # the short and the long attention window, in tokens
     lr: float  # multiplies every learning rate; the cooldown fades it out
-    mtp: tuple[tuple[float, ...], tuple[float, ...]]  # weights of the next K targets, at first and last; one K for all
-    tied: bool = False  # embed is the transpose of lm_head, up to the first stage without [51]
+    # Multi-token prediction [53]: the weights of the next K targets at the stage's first step and
+    # after its last one; they move linearly in between. K is the same in all stages.
+    mtp: tuple[tuple[float, ...], tuple[float, ...]]
+    # `embed` is the transpose of `lm_head` in the first stages, up to one that says False [51].
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The network's table, and its scalars.
+
+    The booleans switch techniques. One that has the name of a column of `Layer` empties that
+    column: with `--xsa false` no layer has XSA, whatever the table says (see `rows`).
+    """
+
     layers: tuple[Layer, ...]
-    vocab_size: int = setting(50257, "tokens of the vocabulary (padded to a multiple of 128 inside)", low=1)
+    vocab_size: int = setting(50257, "tokens of the vocabulary (inside, a multiple of 128)", low=1)
     bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
-    dim: int = setting(768, "width of the stream", low=1)
+    dim: int = setting(768, "width of the residual stream", low=1)
     heads: int = setting(6, "attention heads", low=1)
     attention_scale: float = setting(0.1, "factor of the attention logits")
-    bigram_rows: int = setting(15, "rows of the bigram table, as a multiple of the padded vocabulary", low=1)
-    bigram_dim: int = setting(192, "channels of the stream that the bigram embedding is added to", low=1)
+    bigram_rows: int = setting(15, "rows of the bigram table, times the padded vocabulary", low=1)
+    bigram_dim: int = setting(192, "channels that the bigram embedding is added to", low=1)
     smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
     value_embeds: bool = setting(True, "value embeddings [14]")
     paired_heads: bool = setting(True, "paired heads [58]")
-    key_offset: bool = setting(True, "partial key offset in the layers with a long window [49]")
+    key_offset: bool = setting(True, "partial key offset in layers with a long window [49]")
     xsa: bool = setting(True, "learnable exclusive self attention [82]")
     attention_gate: bool = setting(True, "sparse attention gate [28]")
-    single_input: bool = setting(True, "one activation as the input of the last attention layers [77]")
+    single_input: bool = setting(True, "one activation feeds the last attention layers [77]")
     skip: bool = setting(True, "gated skip connection [55]")
     mudd: bool = setting(True, "MUDD connections [81]")
-    head_pairs: bool = setting(True, "orthogonalize Q and K two heads at a time, not whole [80]")
+    head_pairs: bool = setting(True, "orthogonalize Q and K two heads at a time [80]")
 
     @property
     def padded_vocab(self) -> int:
@@ -113,42 +164,52 @@ class ModelConfig:
 
     @property
     def rows(self) -> tuple[Layer, ...]:
-        """The table as it is built: without the columns whose switch, of the same name, is off."""
-        off = {column.name: column.default for column in fields(Layer) if not getattr(self, column.name, True)}
-        return tuple(replace(layer, **off) for layer in self.layers)
+        """The table as it is built: the columns that a switch empties have their defaults."""
+        emptied = {}
+        for column in fields(Layer):
+            if getattr(self, column.name, True) is False:
+                emptied[column.name] = column.default
+        return tuple(replace(layer, **emptied) for layer in self.layers)
 
-    def layers_with(self, column: str) -> tuple[int, ...]:
-        """The layers whose row has something in this column."""
-        nothing = getattr(Layer(attention=False), column)
-        return tuple(i for i, row in enumerate(self.rows) if getattr(row, column) != nothing)
+    def layers_with(self, column: str) -> list[int]:
+        """The numbers of the layers whose row has something in this column."""
+        found = []
+        for number, row in enumerate(self.rows):
+            entry = getattr(row, column)
+            if entry is not None and entry is not False:
+                found.append(number)
+        return found
 
 
 @dataclass(frozen=True)
 class Settings:
+    """A whole run: model, schedule, data, and the scalars of optimizer and training."""
+
     preset: str
     model: ModelConfig
     stages: tuple[Stage, ...]
-    extension: Stage  # more steps at the final learning rate
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "pattern of the training shards")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "pattern of the validation shards")
-    val_tokens: int = setting(10_485_760, "tokens to validate on, from the start of the stream", low=1)
+    extension: Stage  # more steps, at the final learning rate
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a pattern")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a pattern")
+    val_tokens: int = setting(10_485_760, "tokens to validate on, from the shards' start", low=1)
     val_seq_len: int = setting(262_144, "tokens of one validation sequence", low=1)
-    val_every: int = setting(250, "steps between validations (there is always one at the end)", low=1)
+    val_every: int = setting(250, "steps between validations; the last is at the end", low=1)
     val_short_window: int = setting(768, "short window of the final validation [33, 35]", low=1)
     val_long_window: int = setting(2560, "long window of the final validation [33, 35]", low=1)
-    steps: int | None = setting(None, "steps in all; the stages shrink or grow in proportion", low=1)
-    yarn: bool = setting(True, "stretch the rotary embedding when the long window grows (YaRN) [31]")
+    steps: int | None = setting(None, "steps in all; the stages share them out as before", low=1)
+    yarn: bool = setting(True, "YaRN: rotary embedding stretched as windows grow [31]")
     multi_token: bool = setting(True, "multi-token prediction in training [53]")
     length_schedule: bool = setting(True, "shorter documents in the first stages [72]")
     extension_windows: bool = setting(True, "wider windows in the extension")
-    long_validation: bool = setting(True, "longer windows in the final validation [33, 35]")
+    long_validation: bool = setting(True, "wider windows in the final validation [33, 35]")
     epochs: int = setting(1, "times to go over the training shards", low=1)
-    slices: int = setting(8, "packed sequences that a batch is cut into; more slices need less memory", low=1)
+    slices: int = setting(8, "microbatches of a batch; the more, the less memory", low=1)
     seed: int = setting(1, "seed of the initial weights", low=0, high=2**63 - 1)
-    dtype: str = setting("auto", "auto: bfloat16 where the hardware has it", choices=("auto", "bfloat16", "float32"))
-    fp8: bool = setting(True, "8-bit floats in the head and MLP of training, where the GPU has them [19, 84]")
+    dtype: str = setting("auto", "auto: bfloat16 where the hardware has it", choices=DTYPES)
+    kernels: bool = setting(True, "Triton kernels on GPUs; false: plain PyTorch everywhere")
+    fp8: bool = setting(True, "8-bit floats in training's head and MLP, where GPUs can [19, 84]")
     compile: bool = setting(True, "compile with torch.compile")
-    sparse_exchange: bool = setting(True, "ranks exchange only the touched rows of the bigram gradient")
+    sparse_exchange: bool = setting(True, "ranks exchange bigram gradients by touched rows")
     muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
@@ -158,7 +219,7 @@ class Settings:
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
-    cooldown: float = setting(0.6, "last part of the steps, in which the learning rate falls", low=0.001, high=1)
+    cooldown: float = setting(0.6, "last part of steps, when lr falls", low=0.001, high=1)
     final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
     run_id: str = setting("", "name of the log (default: made from the date)")
     checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
@@ -169,19 +230,29 @@ class Settings:
     @functools.cached_property
     def all_stages(self) -> tuple[Stage, ...]:
         """The schedule's table as it is run: without what the switched-off techniques leave out."""
-        off = {} if self.length_schedule else {"max_seq_len": self.extension.max_seq_len}
-        off |= {} if self.multi_token else {"mtp": ((1,), (1,))}
-        last = self.extension if self.extension_windows else replace(self.extension, windows=self.stages[-1].windows)
-        return tuple(replace(stage, **off) for stage in (*self.stages, last))
+        extension = self.extension
+        if not self.extension_windows:
+            extension = replace(extension, windows=self.stages[-1].windows)
+        off = {}
+        if not self.length_schedule:
+            off["max_seq_len"] = extension.max_seq_len
+        if not self.multi_token:
+            off["mtp"] = ((1,), (1,))
+        return tuple(replace(stage, **off) for stage in (*self.stages, extension))
 
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.all_stages)
 
-    def begun(self, step: int) -> list[tuple[Stage, int]]:
-        """The stages that have begun by a step, each with its first step; the last of them is the step's own."""
-        firsts = itertools.accumulate((stage.steps for stage in self.all_stages), initial=0)
-        return [(stage, first) for stage, first in zip(self.all_stages, firsts) if first <= step]
+    def stages_begun(self, step: int) -> list[tuple[Stage, int]]:
+        """The stages that have begun by a step, each with its first step; the last is current."""
+        begun = []
+        first = 0
+        for stage in self.all_stages:
+            if first <= step:
+                begun.append((stage, first))
+            first += stage.steps
+        return begun
 
 
 RECORD_LAYERS = (
@@ -197,6 +268,20 @@ RECORD_LAYERS = (
     Layer(paired_heads=True, value_embeds=3, single_input=7),
     Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
 )
+RECORD_STAGES = (
+    Stage(
+        steps=460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+    ),
+    Stage(
+        steps=460, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
+        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+    ),
+    Stage(
+        steps=460, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
+        mtp=((1, 0, 0), (1, 0, 0)),
+    ),
+)
 TINY_LAYERS = (
     Layer(paired_heads=True, value_embeds=0),
     Layer(window="long", xsa=True),
@@ -204,27 +289,33 @@ TINY_LAYERS = (
     Layer(value_embeds=1, xsa=True),
     Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=(3, 2, 1)),
 )
+TINY_STAGES = (
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0,
+        mtp=((1, 0, 0), (1, 0, 0)),
+    ),
+)
 
 PRESETS = {
     "record": Settings(
         preset="record",
         model=ModelConfig(RECORD_LAYERS),
-        stages=(
-            Stage(460, 131_072, 896, windows=(128, 384), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
-            Stage(460, 262_144, 2048, windows=(384, 896), lr=1.52, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
-            Stage(460, 393_216, 2048, windows=(640, 1408), lr=1.73, mtp=((1, 0, 0), (1, 0, 0))),
-        ),
-        extension=Stage(10, 393_216, 2048, windows=(768, 1664), lr=1.73, mtp=((1, 0, 0), (1, 0, 0))),
+        stages=RECORD_STAGES,
+        extension=replace(RECORD_STAGES[-1], steps=10, windows=(768, 1664)),
     ),
     "tiny": Settings(
         preset="tiny",
         model=ModelConfig(TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_dim=64),
-        stages=(
-            Stage(120, 8192, 512, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True),
-            Stage(120, 8192, 1024, windows=(64, 128), lr=1.0, mtp=((1, 0.5, 0), (1, 0, 0)), tied=True),
-            Stage(120, 8192, 1024, windows=(64, 256), lr=1.0, mtp=((1, 0, 0), (1, 0, 0))),
-        ),
-        extension=Stage(10, 8192, 1024, windows=(64, 256), lr=1.0, mtp=((1, 0, 0), (1, 0, 0))),
+        stages=TINY_STAGES,
+        extension=replace(TINY_STAGES[-1], steps=10),
         train_files="data/sympy/sympy_train_*.bin",
         val_files="data/sympy/sympy_val_*.bin",
         val_tokens=524_288,
@@ -238,204 +329,540 @@ PRESETS = {
     ),
 }
 
-FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}  # gets a preset's shards
-
-# One row of the table of parameters. Each rank updates a part of the kinds "bank" and "table", and all of a "gate" or a
-# "scalar" (always float32). The shape is something false for what the model does without; the start a constant, or what
-# `GPT` makes of it. Betas, lr and wd (factors of `adam_lr` and `adam_wd`) are Adam's, a bank's for `--muon false`.
-ParameterRow = collections.namedtuple("ParameterRow", "kind shape start betas lr wd")
-
-# MUDD's coefficients at first. Before its layer: three added to v, three to the stream, two value gates, and the six of
-# a layer's `mix`. After the last layer: one for each of five earlier streams; -0.5 is the "backout" [40].
-MUDD_STARTS = (0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1), (0, -0.5, 0, 0, 0)
+# The command that fetches or makes a preset's shards.
+FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
 
 
-def parameter_table(config: ModelConfig) -> dict[str, ParameterRow]:
-    """The model's parameters, in the order in which they are drawn, and in which ranks exchange those of a kind."""
-    attending, valued, xsa, skip, mudd = map(config.layers_with, ("attention", "value_embeds", "xsa", "skip", "mudd"))
+class Init(NamedTuple):
+    """How a parameter starts."""
+
+    text: str  # what --dry-run says of it
+    # Makes it from its shape; also gets, by name, the parameters of the rows above its own.
+    make: Callable[[tuple[int, ...], dict[str, Tensor]], Tensor]
+
+
+def constant(value: float) -> Init:
+    return Init(f"{value:.5g}", lambda shape, above: torch.full(shape, float(value)))
+
+
+def stored(values: tuple[float, ...], scale: float) -> Init:
+    """A vector of what gives `values` when it is multiplied by `scale`."""
+    return Init(f"values at init / {scale:g}", lambda shape, above: torch.tensor(values) / scale)
+
+
+def normal(std: float) -> Init:
+    return Init(f"normal {std:g}", lambda shape, above: torch.randn(shape) * std)
+
+
+def uniform(bound: float) -> Init:
+    def make(shape, above):
+        return torch.empty(shape).uniform_(-bound, bound)
+
+    return Init(f"uniform ±{bound:.5g}", make)
+
+
+def uniform_in_zero_out(bound: float) -> Init:
+    """A bank of pairs (in, out): `out` starts at zero, so that a layer at first adds nothing."""
+
+    def make(shape, above):
+        bank = torch.empty(shape).uniform_(-bound, bound)
+        bank[1::2] = 0
+        return bank
+
+    return Init(f"uniform ±{bound:.5g}, out 0", make)
+
+
+def transpose_of(name: str) -> Init:
+    return Init(f"{name} transposed", lambda shape, above: above[name].T.contiguous())
+
+
+class ParameterRow(NamedTuple):
+    """One row of the table of parameters.
+
+    A "bank" holds matrices, which NorMuon updates; all else is Adam's. Of a "bank" and a "table"
+    each rank updates a part, of a "gate" or a "scalar" the whole. Scalars are always float32.
+    """
+
+    kind: str  # "bank", "table", "gate" or "scalar"
+    shape: tuple[int, ...]
+    init: Init
+    betas: tuple[float, float]  # Adam's; a bank's hold for `--muon false`, as do its lr and wd
+    lr: float  # multiplies `adam_lr`
+    wd: float  # multiplies `adam_wd`
+    # The layers that its first axis counts: `GPT.layer_weights` hands each of them its own row.
+    layers: list[int] | None
+
+
+class Mix(NamedTuple):
+    """What a layer multiplies before it adds up, a number for each token (T, 1).
+
+    Learned scalars, the same for all tokens; in MUDD's layer each token computes its own.
+    """
+
+    attn_resid: Tensor  # the residual stream, when attention's output is added
+    attn_post: Tensor  # attention's output
+    x0: Tensor  # x0, added after attention; in MUDD's layer the residual stream's start
+    bigram: Tensor  # the bigram embedding, added after attention
+    mlp_resid: Tensor  # the residual stream, when the MLP's output is added
+    mlp_post: Tensor  # the MLP's output
+
+
+# A layer multiplies the residual stream by 1.1 (√1.1 at each of its two sums), so that what late
+# layers add counts more than what early ones added [45].
+RESID_START = 1.1**0.5
+
+
+class MuddBefore(NamedTuple):
+    """MUDD's coefficients before its layer, (T, 1) each. The defaults are their values at init."""
+
+    # What is added to v.
+    v_start: Tensor | float = 0  # times the residual stream's start
+    v_earlier: Tensor | float = 0  # times the first earlier layer's output
+    v_stream: Tensor | float = 0  # times the residual stream
+    # What is added to the residual stream.
+    start: Tensor | float = 0
+    earlier: Tensor | float = 0
+    stream: Tensor | float = 0
+    # The gates of the value embedding, for the first half of the heads and for the second.
+    value_gate_1: Tensor | float = 2
+    value_gate_2: Tensor | float = 2
+    # The layer's `Mix`.
+    attn_resid: Tensor | float = RESID_START
+    attn_post: Tensor | float = 1
+    x0: Tensor | float = 0
+    bigram: Tensor | float = 0.05
+    mlp_resid: Tensor | float = RESID_START
+    mlp_post: Tensor | float = 1
+
+
+class MuddAfter(NamedTuple):
+    """MUDD's coefficients after the last layer, of what is added to the residual stream."""
+
+    start: Tensor | float = 0  # the residual stream's start
+    source_1: Tensor | float = -0.5  # the row's three sources; -0.5 is the "backout" [40]
+    source_2: Tensor | float = 0
+    value_embed: Tensor | float = 0  # the token's row in the first table of value embeddings
+    source_3: Tensor | float = 0
+
+
+MUDD_SCALE = 0.1  # what MUDD's networks put out is multiplied by this
+
+
+def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
+    """The model's parameters, by name; None for one that the switches leave out.
+
+    They are drawn in this order, and ranks exchange those of a kind in this order.
+    """
+    count = len(config.layers)
+    attending = config.layers_with("attention")
+    valued = config.layers_with("value_embeds")
+    mudd = config.layers_with("mudd")
+    gated = [layer for layer in valued if layer not in mudd]  # MUDD makes its own gates
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-    layers, n, mixed = len(config.layers), len(attending), sum(map(len, MUDD_STARTS))
-    together = 2 if config.head_pairs else heads  # adjacent heads of Q or of K in a matrix: Q01, Q23, …, K01, K23, …
-    qk = (n * 2 * heads // together, together * dim // heads, dim)
-    bigram = config.bigram and (config.bigram_rows * vocab, config.bigram_dim)
-    values = valued and ((1 + max(config.layers[i].value_embeds for i in valued)) * vocab, dim)
-    gated = len(set(valued) - set(mudd))  # MUDD makes its own gates
-    rows = {
-        "bigram_table": ("table", bigram, 0, (0.75, 0.95), 75, 5),
-        "lm_head": ("table", (dim, vocab), "normal 0.005", (0.5, 0.95), 1, 150),
-        "embed": ("table", (vocab, dim), "lm_head^T", (0.5, 0.95), 1, 150),
-        "qk_bank": ("bank", qk, "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),
-        "vo_bank": ("bank", (n * 2, dim, dim), "uniform 0.5/sqrt(D)", (0.9, 0.95), 0.125, 10),  # a layer's V, O
-        # A layer's in and out, the latter transposed.
-        "mlp_bank": ("bank", (layers * 2, 4 * dim, dim), "uniform 0.5/sqrt(D), out 0", (0.9, 0.95), 0.125, 10),
-        "value_embeds": ("table", values, "normal 0.01", (0.75, 0.95), 75, 5),
-        "resid_lambdas": ("scalar", (layers, 2), 1.1**0.5, (0.9, 0.95), 5, 0),  # a layer makes 1.1 of the stream [45]
-        "post_lambdas": ("scalar", (layers, 2), 1, (0.9, 0.95), 1, 0),  # after attention, after the MLP
-        "x0_lambdas": ("scalar", (layers,), 0, (0.9, 0.95), 1, 0),
-        "bigram_lambdas": ("scalar", config.bigram and (layers,), 0.05, (0.9, 0.95), 1, 0),
-        "xsa_alphas": ("scalar", xsa and (len(xsa), heads), 0, (0.9, 0.95), 1, 0),
-        "qkv_lambdas": ("scalar", (n,), 0.5, (0.9, 0.99), 5, 0),
-        "out_lambdas": ("scalar", (n,), 1, (0.9, 0.99), 5, 0),
-        "smear_lambda": ("scalar", config.smear and (1,), 0, (0.9, 0.99), 5, 0),
-        "skip_lambda": ("scalar", skip and (1,), -1.5, (0.9, 0.99), 5, 0),
-        "smear_gate": ("gate", config.smear and (12,), 0, (0.9, 0.99), 0.01, 0),
-        "skip_gate": ("gate", skip and (12,), 0, (0.9, 0.99), 0.05, 0),
-        "attention_gates": ("gate", config.attention_gate and (n, heads, 12), 0, (0.9, 0.99), 1, 1),
-        "value_gates": ("gate", gated and (gated, heads, 12), 0, (0.9, 0.99), 1, 1),
-        "mudd_w1": ("gate", mudd and (2, 64, dim), "kaiming", (0.9, 0.99), 0.25, 1),
-        "mudd_w2": ("gate", mudd and (mixed, 64), 0, (0.9, 0.99), 0.25, 1),
-        "mudd_bias": ("scalar", mudd and (mixed,), "effective values / 0.1", (0.9, 0.99), 0.25, 0),
-    }
-    return {name: ParameterRow(*row) for name, row in rows.items()}
+
+    # Q and K of a layer are cut into matrices of some heads each, which are orthogonalized one by
+    # one: the heads 01, 23, … of Q and then of K [80], or all heads of Q and all of K.
+    heads_together = 2 if config.head_pairs else heads
+    qk_count = len(attending) * 2 * heads // heads_together
+    qk_rows = heads_together * dim // heads
+    tables = 1 + max((config.rows[layer].value_embeds for layer in valued), default=-1)
+    bound = 0.5 * 3**0.5 * dim**-0.5  # a standard deviation of 0.5 / √D
+
+    table = {}
+
+    def add(name, kind, shape, init, betas, lr, wd, when=True, layers=None):
+        if layers is not None:
+            when = len(layers) > 0
+            shape = (len(layers), *shape)
+        table[name] = ParameterRow(kind, shape, init, betas, lr, wd, layers) if when else None
+
+    # Tables of vocabulary size, and the banks of matrices.
+    bigram_shape = config.bigram_rows * vocab, config.bigram_dim
+    add("bigram_table", "table", bigram_shape, constant(0), (0.75, 0.95), 75, 5, config.bigram)
+    add("lm_head", "table", (dim, vocab), normal(0.005), (0.5, 0.95), 1, 150)
+    add("embed", "table", (vocab, dim), transpose_of("lm_head"), (0.5, 0.95), 1, 150)
+    add("qk_bank", "bank", (qk_count, qk_rows, dim), uniform(bound), (0.9, 0.95), 0.125, 10)
+    # V and O of each layer; then W_in and W_out of each layer, W_out transposed.
+    vo_shape, mlp_shape = (2 * len(attending), dim, dim), (2 * count, 4 * dim, dim)
+    add("vo_bank", "bank", vo_shape, uniform(bound), (0.9, 0.95), 0.125, 10)
+    add("mlp_bank", "bank", mlp_shape, uniform_in_zero_out(bound), (0.9, 0.95), 0.125, 10)
+    value_shape = tables * vocab, dim
+    add("value_embeds", "table", value_shape, normal(0.01), (0.75, 0.95), 75, 5, len(valued) > 0)
+
+    # What every layer has, whatever its row says; see `Mix`. The pairs are for attention and MLP.
+    add("resid_lambdas", "scalar", (count, 2), constant(RESID_START), (0.9, 0.95), 5, 0)
+    add("post_lambdas", "scalar", (count, 2), constant(1), (0.9, 0.95), 1, 0)
+    add("x0_lambdas", "scalar", (count,), constant(0), (0.9, 0.95), 1, 0)
+    add("bigram_lambdas", "scalar", (count,), constant(0.05), (0.9, 0.95), 1, 0, config.bigram)
+    # The scalars that multiply the matrices Q, K, V and O of a layer [47].
+    add("qkv_lambdas", "scalar", (len(attending),), constant(0.5), (0.9, 0.99), 5, 0)
+    add("out_lambdas", "scalar", (len(attending),), constant(1), (0.9, 0.99), 5, 0)
+
+    # What the layers have whose row says so.
+    xsa = config.layers_with("xsa")
+    has_gate = attending if config.attention_gate else []
+    add("xsa_alphas", "scalar", (heads,), constant(0), (0.9, 0.95), 1, 0, layers=xsa)
+    add("attention_gates", "gate", (heads, 12), constant(0), (0.9, 0.99), 1, 1, layers=has_gate)
+    add("value_gates", "gate", (heads, 12), constant(0), (0.9, 0.99), 1, 1, layers=gated)
+
+    # What the network has once.
+    skips = len(config.layers_with("skip")) > 0
+    add("smear_lambda", "scalar", (1,), constant(0), (0.9, 0.99), 5, 0, config.smear)
+    add("smear_gate", "gate", (12,), constant(0), (0.9, 0.99), 0.01, 0, config.smear)
+    add("skip_lambda", "scalar", (1,), constant(-1.5), (0.9, 0.99), 5, 0, skips)
+    add("skip_gate", "gate", (12,), constant(0), (0.9, 0.99), 0.05, 0, skips)
+
+    # MUDD's two networks of one hidden layer of 64, one before its layer and one after the last.
+    mixes = len(mudd) > 0
+    kaiming = uniform(dim**-0.5)  # Kaiming's uniform init with a = √5
+    starts = *MuddBefore(), *MuddAfter()
+    bias = stored(starts, MUDD_SCALE)
+    add("mudd_w1", "gate", (2, 64, dim), kaiming, (0.9, 0.99), 0.25, 1, mixes)
+    add("mudd_w2", "gate", (len(starts), 64), constant(0), (0.9, 0.99), 0.25, 1, mixes)
+    add("mudd_bias", "scalar", (len(starts),), bias, (0.9, 0.99), 0.25, 0, mixes)
+    return table
 
 
 class UserError(Exception):
-    """Ends the run, with an exit status: its text says what is wrong and what to do, and is all that is printed."""
+    """Ends the run with an exit status; the text says what is wrong and what to do.
+
+    It is all that is printed.
+    """
 
     def __init__(self, text: str, status: int = 2):
         super().__init__(text)
         self.status = status
 
 
-# What the schedule says about one step: its row of the table, the factor of both learning rates, NorMuon's momentum,
-# whether Adam runs (on odd steps, on the gradients of two steps [39]), and the weights of the next targets.
-Hyper = collections.namedtuple("Hyper", "stage lr momentum adam mtp")
+class Hyper(NamedTuple):
+    """What the schedule says about one step."""
+
+    stage: Stage
+    lr: float  # multiplies both optimizers' learning rates
+    momentum: float  # NorMuon's
+    adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
+    mtp: tuple[float, ...]  # the weights of the next targets
 
 
 def schedule(settings: Settings, step: int) -> Hyper:
-    """The schedule at `step` (from 0): constant, then linearly falling learning rate; momentum up, then down."""
-    stage, first = settings.begun(step)[-1]
-    if step == settings.total_steps and settings.long_validation:  # after the last one
+    """The schedule at a step, counted from 0; at `total_steps`, that of the final validation.
+
+    The learning rate is constant, then falls linearly; the momentum rises, stays, and falls.
+    """
+    total = settings.total_steps
+    stage, first = settings.stages_begun(step)[-1]
+    if step == total and settings.long_validation:
         stage = replace(stage, windows=(settings.val_short_window, settings.val_long_window))
-    scheduled = settings.total_steps - settings.extension.steps
-    constant = scheduled * (1 - settings.cooldown)
-    t = min(max((step - constant) / (scheduled - constant), 0.0), 1.0)
-    warm = min(step / settings.momentum_warmup, 1.0)
-    cool = max((step - (settings.total_steps - settings.momentum_cooldown)) / settings.momentum_cooldown, 0.0)
-    momentum = settings.momentum - 0.1 * (1 - warm) - 0.1 * cool
-    mtp = tuple(a + (b - a) * (step - first) / stage.steps for a, b in zip(*stage.mtp))
-    return Hyper(stage, lr=(1 - t) * stage.lr + t * settings.final_lr, momentum=momentum, adam=step % 2 == 1, mtp=mtp)
+
+    scheduled = total - settings.extension.steps
+    constant_steps = scheduled * (1 - settings.cooldown)
+    t = (step - constant_steps) / (scheduled - constant_steps)
+    t = min(max(t, 0.0), 1.0)
+    lr = (1 - t) * stage.lr + t * settings.final_lr
+
+    rising = min(step / settings.momentum_warmup, 1.0)
+    falling = (step - (total - settings.momentum_cooldown)) / settings.momentum_cooldown
+    momentum = settings.momentum - 0.1 * (1 - rising) - 0.1 * max(falling, 0.0)
+
+    mtp = []
+    for start, end in zip(*stage.mtp):
+        mtp.append(start + (end - start) * (step - first) / stage.steps)
+    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=tuple(mtp))
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
-    """`settings` with its stages, and the momentum's, shrunk or grown in proportion to `steps` in all."""
-    if steps < len(settings.all_stages):
-        raise UserError(f"--steps {steps}: a run has at least one step a stage, {len(settings.all_stages)} in all")
+    """The settings with `steps` in all: stages and momentum's ramps shrink or grow in proportion.
+
+    Every stage keeps at least one step.
+    """
+    stages = settings.all_stages
+    if steps < len(stages):
+        raise UserError(
+            f"--steps {steps}: a run has at least one step a stage, {len(stages)} in all"
+        )
     factor = steps / settings.total_steps
-    ends = np.cumsum([stage.steps for stage in settings.all_stages]) * factor
-    # The stages still to come keep a step each, which a short extension would otherwise lose.
-    ends = [max(i + 1, min(round(end), steps - (len(ends) - 1 - i))) for i, end in enumerate(ends)]
-    stages = [replace(stage, steps=int(n)) for stage, n in zip(settings.all_stages, np.diff([0, *ends]))]
-    momentum = {key: max(round(getattr(settings, key) * factor), 1) for key in ("momentum_warmup", "momentum_cooldown")}
-    return replace(settings, steps=steps, stages=tuple(stages[:-1]), extension=stages[-1], **momentum)
+    resized = []
+    end = full_end = 0
+    for number, stage in enumerate(stages):
+        full_end += stage.steps
+        begin = end
+        still_to_come = len(stages) - 1 - number
+        end = min(round(full_end * factor), steps - still_to_come)
+        end = max(end, begin + 1)
+        resized.append(replace(stage, steps=end - begin))
+    return replace(
+        settings, steps=steps, stages=tuple(resized[:-1]), extension=resized[-1],
+        momentum_warmup=max(round(settings.momentum_warmup * factor), 1),
+        momentum_cooldown=max(round(settings.momentum_cooldown * factor), 1),
+    )
 
 
-# 2. Kernels ===========================================================================================================
-# What PyTorch has no fast expression for, in Triton: each kernel and what launches it. On the CPU and in float32 plain
-# PyTorch runs instead: `token_losses` for the loss, a line of `add_mlp`. Kernels compute in float32 and round once.
+# 2. Kernels =======================================================================================
+# What PyTorch has no fast expression for, in Triton. Each kernel stands beside the plain PyTorch of
+# the same thing, and one function chooses: it runs the kernel where `kernels` is true, and the plain
+# form elsewhere. `kernels` is true on CUDA with bfloat16 (`choose_kernels`). So who changes what
+# is computed, an activation for instance, changes the plain form and trains with `--kernels false`.
+# Kernels compute in float32 and round once.
 
-# How products are cut: a block's side (the MLP's: rows, columns), inner step (in bf16; FP8 has twice that), pipeline
-# stages, warps. Shared memory must hold the stages: 163 KB on compute capability 8.0, 227 KB on 9.0, 99 KB on consumer
-# cards (8.6, 8.9, 12.0). The MLP's go by the capability they begin with: 9 is the first with tensor descriptors (TMA).
+
+def region(body: Callable) -> Callable:
+    """Compiles a function of the model by itself, for the CPU and for validation.
+
+    Training on CUDA compiles the whole model as one graph; there a region is just its body. Where
+    each is compiled alone, all layers of a kind share its graph, which keeps the first step near.
+
+    PyTorch makes at most eight graphs of one piece of code, and runs what would need a ninth
+    uncompiled, with nothing more than a warning. Three training lengths, a validation and some
+    choices of options are soon more than eight. So each length of the first tensor and choice of
+    (keyword) options gets a copy of the function, whose eight graphs are its own.
+    """
+
+    @functools.cache
+    def compiled_copy(length: int, *options) -> Callable:
+        code = body.__code__.replace()  # an equal code object, but another one
+        copy = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__)
+        copy.__kwdefaults__ = body.__kwdefaults__
+        return torch.compile(copy, dynamic=False)
+
+    @functools.wraps(body)
+    def call(x: Tensor, *inputs, **options):
+        if torch.compiler.is_compiling():
+            return body(x, *inputs, **options)
+        return compiled_copy(len(x), *options.values())(x, *inputs, **options)
+
+    return call
+
+
+# --- Symmetric products, for NorMuon: half of the blocks are the mirror image of the other half.
+
+# How products are cut: the side of a block, the step along the inner dimension, pipeline stages,
+# warps. Shared memory must hold the stages: a block may take 163 KB on compute capability 8.0,
+# 227 KB on 9.0, and 99 KB on consumer cards (8.6, 8.9, 12.0).
 SYMMETRIC_TILES = 128, 64, 4, 8
-MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
-
-
-def has_kernels(x: Tensor) -> bool:
-    return triton is not None and x.is_cuda and x.dtype != torch.float32
 
 
 @jit
-def symmetric_kernel(a, out, n, k, stride_batch, stride_row, stride_k, alpha, beta, SIZE: constexpr, INNER: constexpr):
-    """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, k) of any strides."""
+def symmetric_kernel(
+    a, out, n, k, stride_batch, stride_row, stride_k, alpha, beta, SIZE: constexpr, INNER: constexpr
+):
+    """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, k) any strides."""
     across = tl.cdiv(n, SIZE)
-    i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, across, across, 8)
+    i = tl.program_id(0) // across
+    j = tl.program_id(0) % across
+    i, j = tl.swizzle2d(i, j, across, across, 8)
     if i > j:
-        return  # below the diagonal: another block's mirror image, which halves the work
+        return  # below the diagonal: the mirror image of another block
     batch = tl.program_id(1).to(tl.int64)
     a += batch * stride_batch
     out += batch * n * n
-    rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
+    rows = i * SIZE + tl.arange(0, SIZE)
+    columns = j * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE, SIZE), tl.float32)
     for start in range(0, k, INNER):
         inner = start + tl.arange(0, INNER)
-        left = tl.load(a + (rows[:, None] * stride_row + inner * stride_k), (rows[:, None] < n) & (inner < k), 0)
-        right = tl.load(a + (columns * stride_row + inner[:, None] * stride_k), (columns < n) & (inner[:, None] < k), 0)
+        left_places = rows[:, None] * stride_row + inner * stride_k
+        right_places = columns * stride_row + inner[:, None] * stride_k
+        left = tl.load(a + left_places, (rows[:, None] < n) & (inner < k), 0)
+        right = tl.load(a + right_places, (columns < n) & (inner[:, None] < k), 0)
         total = tl.dot(left, right, total, input_precision="ieee")
     total *= alpha
     upper = (rows[:, None] <= columns) & (columns < n)
     if beta is not None:
-        total += beta * tl.load(a + rows[:, None] * stride_row + columns * stride_k, upper, 0).to(tl.float32)
+        addend = tl.load(a + rows[:, None] * stride_row + columns * stride_k, upper, 0)
+        total += beta * addend.to(tl.float32)
     total = total.to(out.dtype.element_ty)
     tl.store(out + rows[:, None] * n + columns, total, upper)
     tl.store(out + columns * n + rows[:, None], total, upper)
 
 
 @library.custom_op("train_gpt::symmetric_product", mutates_args=())
-def symmetric_product(a: Tensor, alpha: float = 1, beta: float | None = None) -> Tensor:
-    """alpha A A^T for each matrix of a (n, rows, cols); with `beta`, for symmetric ones, alpha A A^T + beta A."""
-    if not has_kernels(a):
-        return alpha * (a @ a.mT) if beta is None else torch.baddbmm(a, a, a.mT, beta=beta, alpha=alpha)
+def symmetric_op(a: Tensor, alpha: float = 1, beta: float | None = None) -> Tensor:
+    """`symmetric_product` by the kernel."""
     count, n, k = a.shape
     out = a.new_empty(count, n, n)
-    *block, stages, warps = SYMMETRIC_TILES
-    grid = triton.cdiv(n, block[0]) ** 2, count
-    symmetric_kernel[grid](a, out, n, k, *a.stride(), alpha, beta, *block, num_stages=stages, num_warps=warps)
+    size, inner, stages, warps = SYMMETRIC_TILES
+    grid = (triton.cdiv(n, size) ** 2, count)
+    symmetric_kernel[grid](
+        a, out, n, k, *a.stride(), alpha, beta, SIZE=size, INNER=inner, num_stages=stages,
+        num_warps=warps,
+    )
     return out
 
 
-symmetric_product.register_fake(lambda a, alpha=1, beta=None: a.new_empty(a.size(0), a.size(1), a.size(1)))
+@symmetric_op.register_fake
+def _(a, alpha=1, beta=None):
+    return a.new_empty(a.size(0), a.size(1), a.size(1))
+
+
+def symmetric_product(
+    a: Tensor, alpha: float = 1, beta: float | None = None, *, kernels: bool
+) -> Tensor:
+    """alpha A A^T + beta A for each matrix of a (n, rows, cols); beta is for symmetric A alone."""
+    if kernels:
+        return symmetric_op(a, alpha, beta)
+    if beta is None:
+        return alpha * (a @ a.mT)
+    return torch.baddbmm(a, a, a.mT, beta=beta, alpha=alpha)
+
+
+# --- The MLP's activation, ReLU², and the product before it.
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """The MLP's activation [5]; what the kernel below computes in the same pass as the product."""
+    return F.relu(x).square()
+
+
+# Rows and columns of a block, the step along the inner dimension (in bf16; FP8 takes twice that),
+# pipeline stages, warps; by the compute capability from which on they hold. 9 is the first one with
+# tensor descriptors (TMA), which the kernel loads and stores by.
+MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
 
 
 @jit
-def mlp_kernel(a, b, scale_a, scale_b, post, out, n, m, k, ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr):
-    """Blocks of relu(A B^T)^2, or with `post` of 2 (A B^T) sqrt(post): tensor descriptors of A (n, k) and B (m, k)."""
-    down, across = tl.cdiv(n, ROWS), tl.cdiv(m, COLUMNS)
-    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):  # a program a multiprocessor
+def mlp_kernel(
+    a, b, scale_a, scale_b, post, out, n, m, k, ROWS: constexpr, COLUMNS: constexpr,
+    INNER: constexpr,
+):
+    """Blocks of out (n, m) = relu(A B^T)^2; with `post`, the square itself, 2 (A B^T) sqrt(post).
+
+    a, b, post and out are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's.
+    """
+    down = tl.cdiv(n, ROWS)
+    across = tl.cdiv(m, COLUMNS)
+    # One program a multiprocessor, each of which takes every so-many-th block.
+    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, k, INNER):
-            total = tl.dot(a.load([i * ROWS, start]), b.load([j * COLUMNS, start]).T, total)
+            left = a.load([i * ROWS, start])
+            right = b.load([j * COLUMNS, start])
+            total = tl.dot(left, right.T, total)
         if scale_a is not None:
             total *= tl.load(scale_a) * tl.load(scale_b)
+        # Stored a half of the columns at a time, which leaves shared memory to the pipeline.
         halves = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        for h in tl.static_range(2):  # a half at a time, to leave shared memory to the pipeline
+        for h in tl.static_range(2):
             place = [i * ROWS, j * COLUMNS + h * (COLUMNS // 2)]
-            half = tl.maximum(halves[h], 0) if post is None else 2 * halves[h]
-            half *= half if post is None else tl.sqrt(post.load(place).to(tl.float32))
+            half = halves[h]
+            if post is None:
+                half = tl.maximum(half, 0)
+                half *= half
+            else:
+                half = 2 * half
+                half *= tl.sqrt(post.load(place).to(tl.float32))
             out.store(place, half.to(out.dtype))
 
 
-@library.custom_op("train_gpt::mlp", mutates_args=())
-def mlp_op(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, post: Tensor | None) -> Tensor:
-    """relu(scale_a A scale_b B^T)^2, or with `post` 2 (A B^T) sqrt(post), in bf16: a (n, k) and b (m, k) to (n, m)."""
-    gpu = torch.cuda.get_device_properties(a.device)
-    tiles = next((tiles for least, tiles in MLP_TILES.items() if gpu.major >= least), None)
-    if tiles is None or a.size(1) % 16 or b.size(0) % 16:  # without TMA
-        product = a @ b.T if scale_a is None else scaled_mm(a, b, scale_a, scale_b)
-        return F.relu(product).square() if post is None else 2 * product * post.sqrt()
-    out = a.new_empty(a.size(0), b.size(0), dtype=torch.bfloat16)
+@library.custom_op("train_gpt::relu_squared_product", mutates_args=())
+def relu_squared_product(
+    x: Tensor, w: Tensor, x_scale: Tensor | None = None, w_scale: Tensor | None = None
+) -> Tensor:
+    """relu(X W^T)^2 in bf16 (n, m), of x (n, k) and w (m, k): bf16, or FP8 with their scales."""
+    tiles = mlp_tiles(x, w)
+    if tiles is not None:
+        return launch_mlp_kernel(tiles, x, w, x_scale, w_scale, post=None)
+    if x_scale is None:
+        return relu_squared(x @ w.T)
+    return relu_squared(scaled_mm(x, w, x_scale, w_scale))
+
+
+@library.custom_op("train_gpt::relu_squared_gradient", mutates_args=())
+def relu_squared_gradient(grad: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
+    """The gradient (n, m) before the activation, from that of the MLP's output, grad (n, k).
+
+    d relu(x)^2 / dx = 2 relu(x), and relu(x) is the root of the square `post` (n, m), so that
+    only the square need be kept [59, 87].
+    """
+    tiles = mlp_tiles(grad, w_out)
+    if tiles is not None:
+        return launch_mlp_kernel(tiles, grad, w_out, None, None, post)
+    return 2 * (grad @ w_out.T) * post.sqrt()
+
+
+@relu_squared_product.register_fake
+def _(x, w, x_scale=None, w_scale=None):
+    return x.new_empty(x.size(0), w.size(0), dtype=torch.bfloat16)
+
+
+@relu_squared_gradient.register_fake
+def _(grad, w_out, post):
+    return grad.new_empty(grad.size(0), w_out.size(0), dtype=torch.bfloat16)
+
+
+def mlp_tiles(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+    """The row of MLP_TILES for this GPU; None without TMA, or for sizes that TMA cannot take."""
+    capability = torch.cuda.get_device_properties(a.device).major
+    if a.size(1) % 16 or b.size(0) % 16:
+        return None
+    for least, tiles in MLP_TILES.items():
+        if capability >= least:
+            return tiles
+    return None
+
+
+def launch_mlp_kernel(tiles, a, b, scale_a, scale_b, post) -> Tensor:
     rows, columns, inner, stages, warps = tiles
-    inner = inner if scale_a is None else 2 * inner
-    describe, half = TensorDescriptor.from_tensor, [rows, columns // 2]
-    inputs = describe(a.contiguous(), [rows, inner]), describe(b.contiguous(), [columns, inner]), scale_a, scale_b
-    outputs = None if post is None else describe(post.contiguous(), half), describe(out, half)
-    grid, sizes = (gpu.multi_processor_count,), (*out.shape, a.size(1), rows, columns, inner)
-    mlp_kernel[grid](*inputs, *outputs, *sizes, num_stages=stages - (post is not None), num_warps=warps)
+    if scale_a is not None:
+        inner *= 2
+    if post is not None:
+        stages -= 1
+        post = TensorDescriptor.from_tensor(post.contiguous(), [rows, columns // 2])
+    n, m, k = a.size(0), b.size(0), a.size(1)
+    out = a.new_empty(n, m, dtype=torch.bfloat16)
+    grid = (torch.cuda.get_device_properties(a.device).multi_processor_count,)
+    mlp_kernel[grid](
+        TensorDescriptor.from_tensor(a.contiguous(), [rows, inner]),
+        TensorDescriptor.from_tensor(b.contiguous(), [columns, inner]), scale_a, scale_b,
+        post, TensorDescriptor.from_tensor(out, [rows, columns // 2]), n, m, k, ROWS=rows,
+        COLUMNS=columns, INNER=inner, num_stages=stages, num_warps=warps,
+    )
     return out
 
 
-mlp_op.register_fake(lambda a, b, *others: a.new_empty(a.size(0), b.size(0), dtype=torch.bfloat16))
+# --- The loss: capped logits, and the cross-entropy of the next targets.
+
+# The softcap [18, 54]: z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH), so 0 < z < CAP. The shift
+# makes it asymmetric: most of the range is left to logits above the usual.
+CAP, CAP_SHIFT, CAP_WIDTH = 23, 5, 7.5
+
+
+def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Capped logits in float32; `dtype` is what the sigmoid is rounded to."""
+    sigmoid = torch.sigmoid((logits.float() + CAP_SHIFT) / CAP_WIDTH)
+    return CAP * sigmoid.to(dtype).float()
+
+
+@region
+def token_losses(
+    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """sum over k of weights[k] * (lse(z_i) - z_i[targets[i + k]]), in nats, for each token i (T,).
+
+    x (T, D) is the normed residual stream, lm_head (D, V), targets (T,); weights (K,) are those of
+    the next K targets (multi-token prediction [53]). `dtype` is what the sigmoid is rounded to.
+    """
+    z = softcap(x @ lm_head, dtype)  # (T, V)
+    losses = weights.sum() * z.logsumexp(-1)
+    for k in range(len(weights)):
+        # Targets past the end are left out, though the normalizer keeps all the weights.
+        z_target = z.gather(-1, targets[k:, None]).squeeze(-1)
+        losses = losses - weights[k] * F.pad(z_target, (0, k))
+    return losses
 
 
 @jit
-def cap_sigmoid(logits):
-    """sigmoid((logits + 5) / 7.5) in float32, rounded to the logits' type."""
-    return tl.sigmoid((logits.to(tl.float32) + 5) / 7.5).to(logits.dtype).to(tl.float32)
+def cap_sigmoid(logits, SHIFT: constexpr, WIDTH: constexpr):
+    """sigmoid((logits + SHIFT) / WIDTH) in float32, rounded to the logits' type."""
+    sigmoid = tl.sigmoid((logits.to(tl.float32) + SHIFT) / WIDTH)
+    return sigmoid.to(logits.dtype).to(tl.float32)
 
 
 @jit
-def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, NEXT: constexpr, BLOCK: constexpr):
+def loss_kernel(
+    logits, targets, weights, losses, grads, tokens, vocab, scale, CAP: constexpr,
+    SHIFT: constexpr, WIDTH: constexpr, NEXT: constexpr, BLOCK: constexpr,
+):
     """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
@@ -443,42 +870,56 @@ def loss_kernel(logits, targets, weights, losses, grads, tokens, vocab, scale, N
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0))
-        sums += tl.where(columns < vocab, tl.exp(23 * s), 0)  # at most exp(23): it needs no maximum
+        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0), SHIFT, WIDTH)
+        # At most exp(CAP), so that no maximum has to be found first.
+        sums += tl.where(columns < vocab, tl.exp(CAP * s), 0)
     total = tl.sum(sums)
-    weight_sum, loss = 0.0, 0.0
+    weight_sum = 0.0
+    loss = 0.0
     for k in tl.static_range(NEXT):
         there = row + k < tokens
         weight = tl.load(weights + k)
         weight_sum += weight
         target = tl.load(targets + row + k, there, 0)
-        loss -= tl.where(there, weight * 23 * cap_sigmoid(tl.load(logits + target)), 0)
+        z = CAP * cap_sigmoid(tl.load(logits + target), SHIFT, WIDTH)
+        loss -= tl.where(there, weight * z, 0)
     tl.store(losses + row, loss + weight_sum * tl.log(total))
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0))
-        grad = weight_sum * (tl.exp(23 * s) / total)
+        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0), SHIFT, WIDTH)
+        grad = weight_sum * (tl.exp(CAP * s) / total)
         for k in tl.static_range(NEXT):
             target = tl.load(targets + row + k, row + k < tokens, -1)
             grad -= tl.where(columns == target, tl.load(weights + k), 0)
-        grad *= 23 / 7.5 * s * (1 - s) / scale
+        grad *= CAP / WIDTH * s * (1 - s) / scale
         tl.store(grads + columns, grad.to(grads.dtype.element_ty), columns < vocab)
 
 
 @library.custom_op("train_gpt::loss", mutates_args=())
 def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """`token_losses` (T,), and the gradient (T, V) of their sum by the logits, in one pass."""
+    """`token_losses` (T,), and the gradient (T, V) of their sum by the logits, in one pass.
+
+    With `fp8` the gradient is e5m2, divided by LOGIT_GRAD_SCALE.
+    """
     logits = logits.contiguous()
     losses, grads = loss_outputs(logits, targets, weights, fp8)
-    numbers = *logits.shape, LOGIT_GRAD_SCALE if fp8 else 1.0, len(weights)  # an e5m2 gradient is divided by its scale
-    loss_kernel[(len(logits),)](logits, targets, weights, losses, grads, *numbers, BLOCK=4096, num_warps=8)
+    tokens, vocab = logits.shape
+    loss_kernel[(tokens,)](
+        logits, targets, weights, losses, grads, tokens, vocab,
+        LOGIT_GRAD_SCALE if fp8 else 1.0, CAP=CAP, SHIFT=CAP_SHIFT, WIDTH=CAP_WIDTH,
+        NEXT=len(weights), BLOCK=4096, num_warps=8,
+    )
     return losses, grads
 
 
 @loss_op.register_fake
 def loss_outputs(logits, targets, weights, fp8):
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
     grads = torch.empty_like(logits, dtype=torch.float8_e5m2 if fp8 else logits.dtype)
-    return logits.new_empty(len(logits), dtype=torch.float32), grads
+    return losses, grads
+
+
+# --- Transposes, for embed and lm_head while they are tied, and for FP8 products.
 
 
 @jit
@@ -495,43 +936,25 @@ def transpose_kernel(source, out, rows, columns, ADD: constexpr, BLOCK: constexp
 
 @library.custom_op("train_gpt::transpose", mutates_args=("out",))
 def transpose_op(source: Tensor, out: Tensor, add: bool) -> None:
-    grid = triton.cdiv(source.size(0), 64), triton.cdiv(source.size(1), 64)
-    transpose_kernel[grid](source.contiguous(), out, *source.shape, add, BLOCK=64)
+    rows, columns = source.shape
+    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 64))
+    transpose_kernel[grid](source.contiguous(), out, rows, columns, ADD=add, BLOCK=64)
 
 
-def transposed(source: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """The transpose of a matrix, contiguous: new, or in place of what is in `out`, or added to that."""
-    out = source.new_empty(source.size(1), source.size(0)) if out is None else out
-    if not has_kernels(out) or not out.is_contiguous():
-        return out.add_(source.T) if add else out.copy_(source.T)
-    transpose_op(source, out, add)
-    return out
+def transpose_into(out: Tensor, source: Tensor, add: bool = False, *, kernels: bool) -> None:
+    """Puts the transpose of the matrix `source` into `out`, or adds it to what is there."""
+    if kernels and out.is_contiguous():
+        transpose_op(source, out, add)
+    elif add:
+        out.add_(source.T)
+    else:
+        out.copy_(source.T)
 
 
-# 3. Numerics ==========================================================================================================
-# The few functions in which rounding is a decision. What is marked `region` is compiled by itself, once for all layers
-# of a kind; only training on CUDA compiles it as a part of the whole model.
+# 3. Numerics ======================================================================================
+# The few functions in which rounding is a decision.
 
-E4M3_MAX = 448
-# Scales of the FP8 head [19]: what is stored in 8 bits, times its scale, is the value. The last is that of the summed
-# losses' gradient; backward multiplies it by the gradient that comes in.
-HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE, LOGIT_GRAD_SCALE = 100 / E4M3_MAX, 1.6 / E4M3_MAX, 0.75 / E4M3_MAX
-
-
-def region(body: Callable) -> Callable:
-    """Compiles a function once for each length of its first tensor and choice of options; larger graphs take it in."""
-
-    @functools.cache
-    def compiled(*kind) -> Callable:
-        # PyTorch makes eight graphs of a function, and runs what needs another uncompiled; a copy has eight of its own.
-        return torch.compile(type(body)(body.__code__.replace(), globals(), argdefs=body.__defaults__), dynamic=False)
-
-    @functools.wraps(body)
-    def call(x: Tensor, *inputs, **options):
-        chosen = body if torch.compiler.is_compiling() else compiled(len(x), *options.values())
-        return chosen(x, *inputs, **options)
-
-    return call
+E4M3_MAX = 448  # the largest number of float8_e4m3fn
 
 
 @region
@@ -540,93 +963,154 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.size(-1),), eps=2**-23).to(x.dtype)
 
 
+# FP8: a tensor is stored as x / scale in 8 bits, and a product of two is multiplied by both scales.
+# A scale that is too small clips the largest numbers, one that is too large drops the smallest. The
+# head's scales are constants that were tuned with the recipe [19]: its inputs are normed, and its
+# weights and gradients keep to their range. The MLP's are measured (`quantize_to_fit`). Numbers are
+# e4m3 (3 bits of mantissa) forward; gradients, which vary more, are e5m2 (2 bits).
+HEAD_INPUT_SCALE = 100 / E4M3_MAX
+HEAD_WEIGHT_SCALE = 1.6 / E4M3_MAX
+# Of the summed losses' gradient by the logits; backward multiplies by the gradient that comes in.
+LOGIT_GRAD_SCALE = 0.75 / E4M3_MAX
+
+
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
     """x / scale in e4m3, clamped to its range."""
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each matrix of x (…, rows, cols) in e4m3, and the float32 scale (…) that just fits its largest entry."""
-    scale = x.abs().amax((-2, -1)).float().clamp(min=1e-12) / E4M3_MAX
+    """Each matrix of x (…, rows, cols) in e4m3, and the float32 scale (…) that fits its largest."""
+    largest = x.abs().amax((-2, -1)).float()
+    scale = largest.clamp(min=1e-12) / E4M3_MAX
     return quantize(x, scale[..., None, None]), scale
 
 
-def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor | float, dtype=torch.bfloat16, fast: bool = True) -> Tensor:
-    """A B^T times both scales, in `dtype`: FP8 a (n, k) and b (m, k); `fast` accumulates less exactly."""
-    scales = (s if isinstance(s, Tensor) else torch.full((), s, device=a.device) for s in scales)
+def scaled_mm(
+    a: Tensor, b: Tensor, a_scale: Tensor | float, b_scale: Tensor | float,
+    dtype: torch.dtype = torch.bfloat16, fast: bool = True,
+) -> Tensor:
+    """A B^T times both scales, in `dtype`, of FP8 a (n, k) and b (m, k).
+
+    `fast` accumulates with fewer bits, which forward passes can bear.
+    """
+    scales = []
+    for scale in (a_scale, b_scale):
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale, device=a.device)
+        scales.append(scale)
     return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """A new, contiguous transpose of a matrix on CUDA: FP8 products want both inputs by rows."""
+    out = x.new_empty(x.size(1), x.size(0))
+    transpose_op(x, out, False)
+    return out
+
+
 class Head(torch.autograd.Function):
-    """The sum of `token_losses` with the kernels; `fp8` has the three products in 8 bits [19, 60, 67, 79]."""
+    """The sum of `token_losses` with the kernels [60, 67, 79]; `fp8` has 8-bit products [19].
+
+    The gradient by the logits is made in the forward pass, together with the losses, so that the
+    logits themselves, the largest tensor by far, need not be kept.
+    """
 
     @staticmethod
     def forward(ctx, x, lm_head, targets, weights, fp8):
         if fp8:
-            x, lm_head = quantize(x, HEAD_INPUT_SCALE), quantize(lm_head, HEAD_WEIGHT_SCALE)
-        logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE) if fp8 else x @ lm_head
-        losses, logit_grads = loss_op(logits, targets, weights, fp8)  # at once, so that only the gradient is kept
+            x = quantize(x, HEAD_INPUT_SCALE)
+            lm_head = quantize(lm_head, HEAD_WEIGHT_SCALE)
+            logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE)
+        else:
+            logits = x @ lm_head
+        losses, logit_grads = loss_op(logits, targets, weights, fp8)
         ctx.save_for_backward(x, lm_head, logit_grads)
+        ctx.fp8 = fp8
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad):
         x, lm_head, logit_grads = ctx.saved_tensors
-        if x.dtype != torch.float8_e4m3fn:
+        if ctx.fp8:
+            scale = grad * LOGIT_GRAD_SCALE
+            x_grad = scaled_mm(logit_grads, lm_head, scale, HEAD_WEIGHT_SCALE, fast=False)
+            head_grad = scaled_mm(
+                transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale,
+                dtype=torch.float32, fast=False,
+            ).to(torch.bfloat16)
+        else:
             grad = grad.to(x.dtype)
-            return grad * (logit_grads @ lm_head.T), grad * (x.T @ logit_grads), None, None, None
-        scale = grad * LOGIT_GRAD_SCALE
-        x_grad = scaled_mm(logit_grads, lm_head, scale, HEAD_WEIGHT_SCALE, fast=False)
-        inputs = transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale
-        return x_grad, scaled_mm(*inputs, dtype=torch.float32, fast=False).to(torch.bfloat16), None, None, None
+            x_grad = grad * (logit_grads @ lm_head.T)
+            head_grad = grad * (x.T @ logit_grads)
+        return x_grad, head_grad, None, None, None
 
 
-def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """23 * sigmoid((logits + 5) / 7.5), in float32: bounded logits, asymmetric [18, 54]. `dtype` rounds the sigmoid."""
-    return 23 * torch.sigmoid((logits.float() + 5) / 7.5).to(dtype).float()
-
-
-@region
-def token_losses(x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_k weights[k] * (lse(z_i) - z_i[targets[i + k]]) (T,) in nats, of the normed stream x (T, D) [53]."""
-    z = softcap(x @ lm_head, dtype)  # (T, V)
-    losses = weights.sum() * z.logsumexp(-1)
-    for k in range(len(weights)):  # targets past the end are left out, though the normalizer keeps all the weights
-        losses = losses - weights[k] * F.pad(z.gather(-1, targets[k:, None]).squeeze(-1), (0, k))
-    return losses
+def summed_loss(
+    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, *, kernels: bool, fp8: bool
+) -> Tensor:
+    """The sum of `token_losses`, float32: by the kernels, or plain."""
+    if kernels:
+        return Head.apply(x, lm_head, targets, weights, fp8)
+    return token_losses(x, lm_head, targets, weights, x.dtype).sum()
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, and its scale, the first product in 8 bits."""
+    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, the first product is FP8.
+
+    The scale of x is then that of the whole sequence, which is not causal: so it is a path for
+    training alone. Backward is in bf16 [84].
+    """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, w_in8=None, scale=None):
-        # The scale of x is the whole sequence's, which is not causal: for training only. Backward is in bf16 [84].
-        x8, x_scale = (x, None) if scale is None else quantize_to_fit(x)
-        post = mlp_op(x8, w_in if scale is None else w_in8, x_scale, scale, None)
-        ctx.save_for_backward(x, w_in, w_out, post)  # of the hidden layer only the square [59, 87]
+    def forward(ctx, x, w_in, w_out, w_in8=None, w_in8_scale=None):
+        if w_in8 is None:
+            post = relu_squared_product(x, w_in)
+        else:
+            x8, x_scale = quantize_to_fit(x)
+            post = relu_squared_product(x8, w_in8, x_scale, w_in8_scale)
+        ctx.save_for_backward(x, w_in, w_out, post)
         return post @ w_out
 
     @staticmethod
     def backward(ctx, grad):
         x, w_in, w_out, post = ctx.saved_tensors
-        pre_grad = mlp_op(grad, w_out, None, None, post)
-        return pre_grad @ w_in, pre_grad.T @ x, post.T @ grad, None, None
+        pre_grad = relu_squared_gradient(grad, w_out, post)
+        x_grad = pre_grad @ w_in
+        w_in_grad = pre_grad.T @ x
+        w_out_grad = post.T @ grad
+        return x_grad, w_in_grad, w_out_grad, None, None
+
+
+def mlp(x: Tensor, w: dict[str, Tensor | None], *, kernels: bool) -> Tensor:
+    """relu(x W_in^T)^2 W_out of x (T, D): by the kernels, or plain."""
+    if kernels:
+        return MLP.apply(x, w["mlp_in"], w["mlp_out"], w["mlp_in8"], w["mlp_in8_scale"])
+    return relu_squared(x @ w["mlp_in"].T) @ w["mlp_out"]
+
+
+# bf16 weights that move like float32 ones [57]. A float32 is cut in the middle: its upper half is a
+# bfloat16, which the forward pass uses; its lower 16 bits are kept beside it. The optimizer joins
+# the two, updates, and cuts again, so that steps far smaller than a bf16 can hold add up.
 
 
 def join_float32(top: Tensor, low: Tensor) -> Tensor:
-    """The float32 whose upper half is the bfloat16 `top` and whose lower 16 bits are the uint16 `low` [57]."""
-    return ((top.view(torch.int16).to(torch.int32) << 16) | low.to(torch.int32)).view(torch.float32)
+    """The float32 whose upper half is the bfloat16 `top` and whose lower half the uint16 `low`."""
+    upper = top.view(torch.int16).to(torch.int32) << 16
+    return (upper | low.to(torch.int32)).view(torch.float32)
 
 
 def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `join_float32`: truncated bfloat16 upper half, and the lower 16 bits as uint16."""
+    """The inverse of `join_float32`: a bfloat16, truncated, and the lower 16 bits as uint16."""
     bits = x.view(torch.int32)
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16), (bits & 0xFFFF).to(torch.uint16)
+    top = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    low = (bits & 0xFFFF).to(torch.uint16)
+    return top, low
 
 
-# Each row is (a, b, c) of one step X <- aX + (bA + cA^2)X with A = XX^T; composed, the five take singular values
-# from the whole of (0.001, 1] close to 1 (Polar Express, arXiv 2505.16932) [38].
+# Polar Express [38] (arXiv 2505.16932): each row is (a, b, c) of one step X <- aX + (bA + cA^2)X
+# with A = XX^T. A step leaves the singular vectors, and takes each singular value s to
+# as + bs^3 + cs^5. Composed, the five bring all of (0.001, 1] close to 1.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -636,341 +1120,629 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """The orthogonal factor of each matrix of u (n, rows, cols), roughly: U V^T of its SVD. Computed in `dtype`."""
-    x = (u / (1.02 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
-    wide = x.size(-2) <= x.size(-1)
+def polar_express(u: Tensor, dtype: torch.dtype, kernels: bool = False) -> Tensor:
+    """The orthogonal factor of each matrix of u (n, rows, cols), roughly: U V^T of its SVD.
+
+    Computed in `dtype`.
+    """
+    size = u.norm(dim=(-2, -1), keepdim=True)
+    x = (u / (1.02 * size + 1e-6)).to(dtype)
+    tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        poly = symmetric_product(symmetric_product(x if wide else x.mT), alpha=c, beta=b)
-        x = torch.baddbmm(x, poly, x, beta=a) if wide else torch.baddbmm(x, x, poly, beta=a)
+        # A is the smaller of XX^T and X^T X.
+        gram = symmetric_product(x.mT if tall else x, kernels=kernels)
+        poly = symmetric_product(gram, alpha=c, beta=b, kernels=kernels)  # bA + cA^2
+        if tall:
+            x = torch.baddbmm(x, x, poly, beta=a)
+        else:
+            x = torch.baddbmm(x, poly, x, beta=a)
     return x
 
 
-# 4. Attention =========================================================================================================
-# Causal, within a document, and at most `window` tokens back. CUDA runs FlexAttention over a list of blocks; other
-# devices run a banded attention, exact and linear in T. Both are a mask, made once a sequence, and an `attend`.
+# 4. Attention =====================================================================================
+# Causal, within a document, and at most `window` tokens back: query i sees key j if j <= i,
+# i - j <= window, and both are of one document. A mask is made once a sequence and used by all layers
+# of a kind. CUDA has FlexAttention over a list of blocks, other devices a banded attention.
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Half-truncated rotary [17]: d/4 frequencies in radians a token, for the pairs of the first d/2 channels."""
-    return (1 / 1024) ** torch.linspace(0, 1, config.dim // (4 * config.heads))
+    """Half-truncated rotary [17]: d/4 frequencies in radians a token.
+
+    They turn the pairs of the first d/2 channels of a head; the other half does not turn.
+    """
+    head_dim = config.dim // config.heads
+    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
 
 
 def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
-    """Rotary frequencies and softmax scale at a step, after YaRN at every growth of the long window until then [31]."""
-    frequencies, scale = rotary_frequencies(settings.model), settings.model.attention_scale
-    for old, new in itertools.pairwise(stage.windows[1] for stage, _ in settings.begun(step)):
-        if settings.yarn and new > old:  # stretches what turns once in the old window, but not what turns 32 times
-            ratio, keep = old / new, ((old * frequencies / (2 * math.pi) - 1) / (32 - 1)).clamp(0, 1)
-            frequencies, scale = frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(new / old) + 1)
+    """Rotary frequencies and softmax scale at a step: after YaRN at each growth of the long window.
+
+    YaRN [31] (arXiv 2309.00071) stretches the slow frequencies by the growth, so that what now is in
+    the window lies at angles that the model has seen. What turns 32 times or more within the old
+    window keeps its frequency, since it tells near tokens apart.
+    """
+    frequencies = rotary_frequencies(settings.model)
+    scale = settings.model.attention_scale
+    long_windows = [stage.windows[1] for stage, _ in settings.stages_begun(step)]
+    for old, new in itertools.pairwise(long_windows):
+        if not settings.yarn or new <= old:
+            continue
+        ratio = old / new
+        turns = old * frequencies / (2 * math.pi)
+        keep = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        frequencies = frequencies * (ratio + keep * (1 - ratio))
+        scale *= 0.2 * math.log(new / old) + 1
     return frequencies, scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (2j, 2j + 1) of the first half of the channels of x (T, H, d); the rest stays."""
-    cos, sin = cos[: len(x)], sin[: len(x)]
+    """Turns the pairs (2j, 2j + 1) of the first half of the channels of x (T, H, d)."""
+    cos = cos[: len(x)]
+    sin = sin[: len(x)]
     turning, still = x.chunk(2, dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1).flatten(-2)
-    return torch.cat((turned, still), dim=-1)
+    turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1)
+    return torch.cat((turned.flatten(-2), still), dim=-1)
 
 
 def document_starts(inputs: Tensor, config: ModelConfig) -> Tensor:
-    """Where (T,) a look-back of one token has nothing to see: at BOS, and at the start of the sequence."""
-    return (inputs == config.bos_id) | (torch.arange(len(inputs), device=inputs.device) == 0)
+    """Where (T,) a look at the token before has nothing to see: BOS, and the sequence's start."""
+    position = torch.arange(len(inputs), device=inputs.device)
+    return (inputs == config.bos_id) | (position == 0)
 
 
 def previous(x: Tensor, begins: Tensor) -> Tensor:
-    """Row t - 1 of x (T, …) in row t; a row where a document `begins` stays."""
-    return torch.where(begins.view(-1, *[1] * (x.dim() - 1)), x, torch.cat((x[:1], x[:-1])))
+    """Row t - 1 of x (T, …) in row t; rows where a document `begins` stay as they are."""
+    shifted = torch.cat((x[:1], x[:-1]))
+    begins = begins.view(-1, *[1] * (x.dim() - 1))
+    return torch.where(begins, x, shifted)
+
+
+# FlexAttention is told which blocks of (queries, keys) to look at. For a window of 2 1/2 blocks, and
+# a document that begins within block 2:
+#
+#              keys
+#               0  1  2  3  4
+#   queries  0  p                  p  partial: some pairs are allowed; each one is asked
+#            1  F  p               F  full: all pairs are allowed, none is asked
+#            2  p  p  p               (empty) no pair is allowed: skipped
+#            3        p  p
+#            4        p  F  p
+#
+# Going left from the diagonal, a row has first its diagonal block, which is partial, then full
+# blocks, then partial ones, then none. So two counts say all about a row (or, going down, a column).
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
-    """FlexAttention's mask for document numbers docs (T,), non-decreasing, and a 0-d window, made on their device."""
-    length, first = len(docs), docs[::BLOCK]
-    block = torch.arange(len(first), dtype=torch.int32, device=docs.device)
-    here, last = block[:, None], docs[(block * BLOCK + BLOCK - 1).clamp(max=length - 1)]
-    back = here - block  # how many blocks the keys lie behind the queries
-    # Of two blocks, the nearest pair is the first query with the last key; the farthest, the other way round. A block
-    # that holds an allowed pair is listed, and one without a forbidden pair as full.
-    near = (back > 0) & (first[:, None] == last) & ((back - 1) * BLOCK + 1 <= window)
-    full = (back > 0) & (last[:, None] == first) & (back * BLOCK + BLOCK - 1 <= window)
+    """FlexAttention's mask, made on the device of docs (T,), the non-decreasing document numbers.
 
-    def lists(dim: int, way: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Counts and places of the partial and the full blocks, the nearest first, of each row (1) or column (0)."""
-        # From the diagonal on first all are full, then all partial: counting is enough (a sort compiles for minutes).
-        all_near, all_full = (each.sum(dim, dtype=torch.int32)[:, None] for each in (near, full))
-        away = torch.where(block > 0, all_full + block, 0), block + 1  # what stands past the count is not read
-        partial, fulls = ((here + way * each).clamp(0, len(block) - 1)[None, None] for each in away)
-        return (all_near - all_full + 1).view(1, 1, -1), partial, all_full.view(1, 1, -1), fulls
+    `window` is a 0-d integer tensor, so that another window is no other graph.
+    """
+    length = len(docs)
+    first_doc = docs[::BLOCK]
+    block = torch.arange(len(first_doc), dtype=torch.int32, device=docs.device)
+    last_token = (block * BLOCK + BLOCK - 1).clamp(max=length - 1)
+    last_doc = docs[last_token]
+    behind = block[:, None] - block  # how many blocks the keys lie behind the queries
+    # The nearest pair of two blocks is the first query with the last key; the farthest is the last
+    # query with the first key.
+    nearest_is_allowed = (first_doc[:, None] == last_doc) & ((behind - 1) * BLOCK + 1 <= window)
+    farthest_is_allowed = (last_doc[:, None] == first_doc) & (behind * BLOCK + BLOCK - 1 <= window)
+    some = (behind > 0) & nearest_is_allowed
+    full = (behind > 0) & farthest_is_allowed
 
     def allowed(batch, head, query, key):
         return (key <= query) & (docs[query] == docs[key]) & (query - key <= window)
 
-    return BlockMask((length, length), *lists(1, -1), *lists(0, 1), (BLOCK, BLOCK), allowed)
+    by_row = block_lists(some, full, block, dim=1)
+    by_column = block_lists(some, full, block, dim=0)
+    return BlockMask((length, length), *by_row, *by_column, (BLOCK, BLOCK), allowed)
+
+
+def block_lists(some: Tensor, full: Tensor, block: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Counts and places of partial and of full blocks, nearest first, by row (dim 1) or column (0).
+
+    Counting is enough, as the picture above shows. (A sort would take Triton minutes to compile.)
+    """
+    towards = -1 if dim == 1 else 1  # from the diagonal to the left, or down
+    full_count = full.sum(dim, dtype=torch.int32)[:, None]
+    some_count = some.sum(dim, dtype=torch.int32)[:, None]
+    partial_count = some_count - full_count + 1  # with the diagonal's
+    # How far from the diagonal the n-th block of each list is; what stands past the count is not
+    # read, and is only kept within the table.
+    partial_away = torch.where(block > 0, full_count + block, 0)
+    full_away = block + 1
+    last = len(block) - 1
+    partial = (block[:, None] + towards * partial_away).clamp(0, last)
+    whole = (block[:, None] + towards * full_away).clamp(0, last)
+    # The two axes in front are FlexAttention's batch and heads.
+    partial_list = partial_count.view(1, 1, -1), partial[None, None]
+    full_list = full_count.view(1, 1, -1), whole[None, None]
+    return *partial_list, *full_list
+
+
+# Banded attention: queries are cut into chunks of C >= window tokens, so that all a chunk's queries
+# may see lies in the same chunk of keys and the one before. The work is linear in T, and nothing is
+# left out:
+#
+#   keys      | chunk 0 | chunk 1 | chunk 2 |
+#   queries 1 |    ....x|xxxx     |         |    C rows, 2C columns; the mask has x where allowed
+#   queries 2 |         |    ....x|xxxx     |
 
 
 def banded_mask(docs: Tensor, window: int) -> Tensor:
-    """The allowed pairs (chunks, 1, C, 2C): queries in chunks of C >= window, keys of that chunk and the one before."""
+    """The allowed pairs (chunks, 1, C, 2C) of the queries of a chunk and the keys of two."""
     size = max(min(window, len(docs)), 1)
-    # What fills up the first and the last chunk is a document of its own.
-    docs = F.pad(docs, (size, -len(docs) % size), value=-1).unfold(0, 2 * size, size)  # (chunks, 2C)
-    back = torch.arange(size, 2 * size, device=docs.device)[:, None] - torch.arange(2 * size, device=docs.device)
-    return ((docs[:, size:, None] == docs[:, None]) & (back >= 0) & (back <= window))[:, None]
+    # A chunk of nothing before the first, and what fills up the last, are a document of their own.
+    padded = F.pad(docs, (size, -len(docs) % size), value=-1)
+    docs_of_keys = padded.unfold(0, 2 * size, size)  # (chunks, 2C)
+    docs_of_queries = docs_of_keys[:, size:]  # (chunks, C)
+    query = torch.arange(size, 2 * size, device=docs.device)[:, None]
+    key = torch.arange(2 * size, device=docs.device)
+    back = query - key
+    same_document = docs_of_queries[:, :, None] == docs_of_keys[:, None]
+    return (same_document & (back >= 0) & (back <= window))[:, None]
 
 
 @region
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Tensor) -> Tensor:
-    """softmax(scale * q k^T, where allowed) v, for q, k, v (T, H, d) and a mask of either kind."""
+    """softmax(scale * q k^T, where allowed) v, of q, k, v (T, H, d): on CUDA, or elsewhere."""
     if isinstance(mask, BlockMask):
-        q, k, v = (x.transpose(0, 1)[None] for x in ((q.float() * scale).to(q.dtype), k, v))  # (1, H, T, d)
-        return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
+        return flex_attend(q, k, v, mask, scale)
+    return banded_attend(q, k, v, mask, scale)
+
+
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: Tensor) -> Tensor:
+    """`attend` on CUDA. FlexAttention wants (1, H, T, d), and a scale that is no tensor."""
+    q = (q.float() * scale).to(q.dtype)
+    q = q.transpose(0, 1)[None]
+    k = k.transpose(0, 1)[None]
+    v = v.transpose(0, 1)[None]
+    return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
+
+
+def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """`attend` on other devices, with the mask (chunks, 1, C, 2C) of `banded_mask`.
+
+    Matmuls and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
+    """
     length, size = len(q), mask.size(2)
-    # Chunks (1 + chunks, H, C, d) of C tokens, zeros before and after; of keys and values also the chunk before.
-    q, k, v = (F.pad(x, (0, 0, 0, 0, size, -length % size)).unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))
-    k, v = (torch.cat((x[:-1], x[1:]), dim=2) for x in (k, v))  # (chunks, H, 2C, d)
-    # Products and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
-    weights = ((q[1:] @ k.mT).float() * scale).masked_fill(~mask, -math.inf).softmax(-1)  # (chunks, H, C, 2C)
-    return (weights.to(q.dtype) @ v).transpose(1, 2).flatten(0, 1)[:length]
+
+    def chunks(x: Tensor) -> Tensor:
+        """(1 + chunks, H, C, d): a chunk of zeros, then x, filled up with zeros."""
+        x = F.pad(x, (0, 0, 0, 0, size, -length % size))
+        return x.unflatten(0, (-1, size)).transpose(1, 2)
+
+    q, k, v = chunks(q)[1:], chunks(k), chunks(v)
+    k = torch.cat((k[:-1], k[1:]), dim=2)  # (chunks, H, 2C, d)
+    v = torch.cat((v[:-1], v[1:]), dim=2)
+    logits = (q @ k.mT).float() * scale  # (chunks, H, C, 2C)
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    y = weights.to(q.dtype) @ v  # (chunks, H, C, d)
+    return y.transpose(1, 2).flatten(0, 1)[:length]
 
 
-# 5. Model =============================================================================================================
-# One packed sequence at a time: x is (T, D), without a batch axis. Matrices live in banks (n, rows, cols), of which the
-# forward pass gets a record a layer, and each rank's optimizer a whole number of matrices.
+# 5. Model =========================================================================================
+# One packed sequence at a time: x is (T, D), without a batch axis. Matrices lie in banks
+# (n, rows, cols), so that each rank's optimizer has a whole number of them.
 
 VAL_CHUNK = 4096  # rows of logits at a time in validation
 
 
-# What the forward pass needs besides weights and tokens: rotary tables (2T, 1, d/4), since paired heads have twice the
-# positions; the scale of attention's logits, 0-d float32; the short and long window; weights (K,) of the next targets.
-Context = collections.namedtuple("Context", "cos sin scale windows mtp")
+class Context(NamedTuple):
+    """What the forward pass needs besides weights and tokens."""
+
+    cos: Tensor  # rotary tables (2T, 1, d/4): paired heads have twice as many positions
+    sin: Tensor
+    scale: Tensor  # of attention's logits; 0-d, float32
+    windows: tuple  # short and long; on CUDA 0-d tensors, so that another window is no new graph
+    mtp: Tensor  # the weights (K,) of the next targets
 
 
-def make_context(config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor, rotary=None) -> Context:
-    """A context of `length` tokens, on `like`'s device and in its dtype, with the next target alone."""
-    frequencies, scale = rotary or (rotary_frequencies(config), config.attention_scale)
-    angles = torch.arange(2 * length, device=like.device)[:, None, None] * frequencies.to(like.device)
-    cos, sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-    if like.is_cuda:  # as tensors, so that another window is no other graph
-        windows = tuple(torch.tensor(window, device=like.device) for window in windows)
-    return Context(cos, sin, torch.tensor(scale, device=like.device), windows, torch.ones(1, device=like.device))
+def make_context(
+    config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor,
+    rotary: tuple[Tensor, float] | None = None,
+) -> Context:
+    """A context for `length` tokens, on `like`'s device and in its dtype, with one next target.
+
+    `rotary` is a `rotary_state`; by default that of the start.
+    """
+    device = like.device
+    if rotary is None:
+        rotary = rotary_frequencies(config), config.attention_scale
+    frequencies, scale = rotary
+    positions = torch.arange(2 * length, device=device)[:, None, None]
+    angles = positions * frequencies.to(device)
+    if device.type == "cuda":
+        windows = tuple(torch.tensor(window, device=device) for window in windows)
+    return Context(
+        cos=angles.cos().to(like.dtype), sin=angles.sin().to(like.dtype),
+        scale=torch.tensor(scale, device=device), windows=windows,
+        mtp=torch.ones(1, device=device),
+    )
 
 
-# A layer's part of the parameters, made by `GPT.layer_weights`; None for what it does without.
-LayerWeights = collections.namedtuple("LayerWeights", "qk v out value_gate alpha gate mlp mix")
+def widen(x: Tensor, dim: int) -> Tensor:
+    """x (T, channels) with zeros up to `dim` channels."""
+    return F.pad(x, (0, dim - x.size(1)))
 
 
 def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
-    """The table row (T,) of each token and the one before, by a hash in 32 bits; the last row where `begins` [62]."""
+    """The table row (T,) of each token and the one before it [62]; the last where a document begins.
+
+    The hash wraps around in 32 bits.
+    """
     tokens = tokens.int()
-    return torch.where(begins, rows - 1, ((36313 * tokens) ^ (27191 * previous(tokens, begins))) % (rows - 1))
+    hashed = (36313 * tokens) ^ (27191 * previous(tokens, begins))
+    return torch.where(begins, rows - 1, hashed % (rows - 1))
 
 
 @region
-def begin_stream(x: Tensor, tokens: Tensor, begins: Tensor, gate, strength, table, signs, factor: Tensor):
-    """x0, the stream at its start and the bigram embedding (T, channels), from embeddings x (T, D) of the tokens."""
-    if gate is not None:  # smear: x_t takes up some of x_(t-1), except where a document begins [34]
-        take = strength.to(x.dtype) * torch.sigmoid(x[:, :12] @ gate)[:, None]
-        x = x + torch.where(begins[:, None], 0, take * previous(x, begins))
-    x = norm(x)
-    if table is None:
-        return x, x, None
-    sign_rows = (previous(tokens, begins) ^ tokens) % len(signs)  # [83]; row 0 where a document begins
-    bigram = F.embedding(bigram_hash(tokens, begins, len(table)), table) * F.embedding(sign_rows, signs)
-    return x, x + F.pad(factor * bigram, (0, x.size(1) - bigram.size(1))), bigram
+def begin_stream(
+    x: Tensor, tokens: Tensor, begins: Tensor, smear_gate: Tensor | None,
+    smear_lambda: Tensor | None, bigram_table: Tensor | None, bigram_signs: Tensor | None,
+    bigram_factor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x0 (T, D), the residual stream at its start (T, D), and the bigram embedding (T, channels).
+
+    From the embeddings x (T, D) of the tokens; `bigram_factor` (T, 1) is layer 0's.
+    """
+    if smear_gate is not None:
+        # Each token takes up some of the one before it [34].
+        gate = torch.sigmoid(x[:, :12] @ smear_gate)
+        taken = (smear_lambda.to(x.dtype) * gate)[:, None] * previous(x, begins)
+        x = x + torch.where(begins[:, None], 0, taken)
+    x0 = norm(x)
+    if bigram_table is None:
+        return x0, x0, None
+    # Rows of the table are shared by many bigrams. Random signs, drawn by another hash, let a row
+    # tell those apart that differ in it [83].
+    sign_rows = (previous(tokens, begins) ^ tokens) % len(bigram_signs)
+    signs = F.embedding(sign_rows, bigram_signs)
+    bigram = F.embedding(bigram_hash(tokens, begins, len(bigram_table)), bigram_table) * signs
+    return x0, x0 + widen(bigram_factor * bigram, x0.size(1)), bigram
 
 
 @region
-def project(x: Tensor, added: Tensor | None, begins: Tensor, rotary, w: LayerWeights, heads: int, *, offset, paired):
-    """What attention makes of the stream x (T, D): q, k and v for `attend`, and the gate (T, H, 1) of its output."""
+def project(
+    x: Tensor, added: Tensor | None, begins: Tensor, rotary: tuple[Tensor, Tensor],
+    w: dict[str, Tensor | None], heads: int, *, offset: bool, paired: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    """q, k and v for `attend`, and the gate (T, H, 1) of its output, from the residual stream x.
+
+    `added` (T, D) is added to v: the token's row of value embeddings, or what MUDD makes.
+    """
     a = norm(x)
-    if w.value_gate is not None:  # of the token's row of value embeddings, which is `added`; reads both [14, 63]
-        gate = 2 * torch.sigmoid(torch.cat((a[:, :6], added[:, :6]), dim=1) @ w.value_gate.T)  # (T, H)
+    if w["value_gates"] is not None:
+        # Gates of the value embedding [14, 63], from both the input and the embedding: (T, H).
+        gate_inputs = torch.cat((a[:, :6], added[:, :6]), dim=1)
+        gate = 2 * torch.sigmoid(gate_inputs @ w["value_gates"].T)
         added = (gate[:, :, None] * added.unflatten(1, (heads, -1))).flatten(1)
-    q, k = norm((a @ w.qk.T).unflatten(1, (2 * heads, -1))).chunk(2, dim=1)  # (T, H, d)
-    v = (a @ w.v.T if added is None else torch.addmm(added, a, w.v.T)).unflatten(1, (heads, -1))
-    if offset:  # the channels of a key that do not turn are the token's before, except where a document begins [49]
+    qk = norm((a @ w["qk"].T).unflatten(1, (2 * heads, -1)))
+    q, k = qk.chunk(2, dim=1)  # (T, H, d)
+    if added is None:
+        v = a @ w["v"].T
+    else:
+        v = torch.addmm(added, a, w["v"].T)
+    v = v.unflatten(1, (heads, -1))
+    if offset:
+        # The half of a key that does not turn is that of the token before. A query so finds what
+        # came after a token like its own, and one layer can copy, where else it takes two [49].
         turning, still = k.chunk(2, dim=-1)
         k = torch.cat((turning, previous(still, begins)), dim=-1)
-    if paired:  # heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58]
-        q, k, v = (each.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1) for each in (q, k, v))  # (2T, H/2, d)
-    gate = 1 if w.gate is None else torch.sigmoid(a[:, :12] @ w.gate.T)[:, :, None]  # of the heads' outputs [28]
-    return rotate(q, *rotary), rotate(k, *rotary), v, gate
-
-
-@region
-def add_attention(x: Tensor, y: Tensor, v: Tensor, gate, origin: Tensor, bigram, w: LayerWeights, *, paired):
-    """The stream after attention: itself, what `attend` made of the heads, x0 (MUDD: `start`), and the bigrams."""
     if paired:
-        y, v = (each.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2) for each in (y, v))  # (T, H, d)
-    if w.alpha is not None:  # XSA takes tanh(alpha) of the part of y parallel to the token's own value v out [82]
+        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
+    gate = 1
+    if w["attention_gates"] is not None:
+        gate = torch.sigmoid(a[:, :12] @ w["attention_gates"].T)[:, :, None]  # [28]
+    cos, sin = rotary
+    return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
+
+
+def pair_heads(x: Tensor) -> Tensor:
+    """Heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58].
+
+    (T, H, d) to (2T, H/2, d).
+    """
+    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
+
+
+def unpair_heads(x: Tensor) -> Tensor:
+    """The inverse of `pair_heads`: (2T, H/2, d) to (T, H, d)."""
+    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+@region
+def add_attention(
+    x: Tensor, y: Tensor, v: Tensor, gate: Tensor | int, x0: Tensor, bigram: Tensor | None,
+    w: dict[str, Tensor | None], mix: Mix, *, paired: bool,
+) -> Tensor:
+    """The residual stream x (T, D) after attention, of which `attend` made y from the values v."""
+    if paired:
+        y, v = unpair_heads(y), unpair_heads(v)
+    if w["xsa_alphas"] is not None:
+        # XSA [82]: without tanh(alpha) of the part of y that is parallel to the token's own value.
+        alpha = w["xsa_alphas"].tanh()[:, None]
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
-        y = y - w.alpha.tanh()[:, None] * along * v
-    resid, post, from_origin, from_bigram = w.mix[:4]
-    x = resid * x + post * ((gate * y).flatten(1) @ w.out.T) + from_origin * origin
-    return x if bigram is None else x + F.pad(from_bigram * bigram, (0, x.size(1) - bigram.size(1)))
+        y = y - alpha * along * v
+    y = (gate * y).flatten(1) @ w["out"].T
+    x = mix.attn_resid * x + mix.attn_post * y + mix.x0 * x0
+    if bigram is not None:
+        x = x + widen(mix.bigram * bigram, x.size(1))
+    return x
 
 
 @region
-def add_mlp(x: Tensor, w: LayerWeights) -> Tensor:
-    """The stream x (T, D) after the MLP: itself, and relu(norm(x) W_in^T)^2 W_out."""
-    y, (resid, post) = norm(x), w.mix[4:]
-    y = MLP.apply(y, *w.mlp) if has_kernels(y) else F.relu(y @ w.mlp[0].T).square() @ w.mlp[1]
-    return resid * x + post * y
+def add_mlp(x: Tensor, w: dict[str, Tensor | None], mix: Mix, *, kernels: bool) -> Tensor:
+    """The residual stream x (T, D) after the MLP."""
+    y = mlp(norm(x), w, kernels=kernels)
+    return mix.mlp_resid * x + mix.mlp_post * y
 
 
-def mudd_coefficients(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor, place: int) -> tuple[Tensor, ...]:
-    """A token's 0.1 * (W2 gelu(W1 x) + b), (T, 1) each, before its layer or after the last (arXiv 2502.12170)."""
-    w2, bias = (each.to(x.dtype).split([len(starts) for starts in MUDD_STARTS])[place] for each in (w2, bias))
-    return (0.1 * (F.gelu(x @ w1[place].T) @ w2.T + bias)).T.contiguous()[:, :, None].unbind()
+# MUDD connections [81] (arXiv 2502.12170): a small network makes, from each token's residual
+# stream, the factors with which earlier layers' outputs are mixed in. One such network before its
+# layer, and one after the last.
 
 
-@region
-def mudd_before(x: Tensor, start: Tensor, earlier: Tensor, row: Tensor | None, *weights: Tensor):
-    """Before a MUDD layer: the stream it works on, what is added to v (T, D), and its `mix` [81]."""
-    c = mudd_coefficients(x, *weights, place=0)
-    added = c[0] * start + c[1] * earlier + c[2] * x
-    if row is not None:
-        first, second = row.chunk(2, dim=1)  # the channels of the first half of the heads, and of the second
-        added = added + torch.cat((c[6] * first, c[7] * second), dim=1)
-    return c[3] * start + c[4] * earlier + (1 + c[5]) * x, added, c[8:]
+def mudd_network(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """MUDD_SCALE * (W2 gelu(W1 x) + b), one (T, 1) for each coefficient."""
+    coefficients = MUDD_SCALE * (F.gelu(x @ w1.T) @ w2.T + bias)  # (T, n)
+    return coefficients.T.contiguous()[:, :, None].unbind()
 
 
 @region
-def mudd_after(x: Tensor, sources: list[Tensor | None], *weights: Tensor) -> Tensor:
-    """The stream after the last layer, plus earlier ones, each times its coefficient [81]."""
-    return sum((c * y for c, y in zip(mudd_coefficients(x, *weights, place=1), sources) if y is not None), x)
+def mudd_before(
+    x: Tensor, start: Tensor, earlier: Tensor, value_row: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor, Mix]:
+    """Before MUDD's layer: the residual stream, what is added to v (T, D), and the layer's `Mix`."""
+    c = MuddBefore(*mudd_network(x, *weights))
+    added = c.v_start * start + c.v_earlier * earlier + c.v_stream * x
+    if value_row is not None:
+        half_1, half_2 = value_row.chunk(2, dim=1)  # of the heads
+        gated = torch.cat((c.value_gate_1 * half_1, c.value_gate_2 * half_2), dim=1)
+        added = added + gated
+    x = c.start * start + c.earlier * earlier + (1 + c.stream) * x
+    mix = Mix(c.attn_resid, c.attn_post, c.x0, c.bigram, c.mlp_resid, c.mlp_post)
+    return x, added, mix
+
+
+@region
+def mudd_after(
+    x: Tensor, start: Tensor, source_1: Tensor, source_2: Tensor, value_row: Tensor | None,
+    source_3: Tensor, *weights: Tensor,
+) -> Tensor:
+    """The residual stream after the last layer, with earlier ones mixed in."""
+    c = MuddAfter(*mudd_network(x, *weights))
+    x = x + c.start * start + c.source_1 * source_1 + c.source_2 * source_2
+    if value_row is not None:
+        x = x + c.value_embed * value_row
+    return x + c.source_3 * source_3
 
 
 class GPT(nn.Module):
-    """The model of `config`, its matrices in `dtype`, banks padded with zero matrices to a multiple of `shards`."""
+    """The model of `config`, its matrices in `dtype`.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1, fp8: bool = False):
+    Banks are padded with zero matrices to a multiple of `shards`, the ranks that share them out.
+    With `kernels` it runs the Triton kernels; with `fp8` training, `forward`, has 8-bit products.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, shards: int = 1,
+        kernels: bool = False, fp8: bool = False,
+    ):
         super().__init__()
-        self.config, self.table, self.fp8 = config, parameter_table(config), fp8  # 8 bits in `forward` alone
-        self.rows, self.attending, self.xsa = config.rows, config.layers_with("attention"), config.layers_with("xsa")
-        self.gated = [i for i in config.layers_with("value_embeds") if not self.rows[i].mudd]
-        self.kept = {n for row in self.rows for n in (row.single_input, row.skip, *(row.mudd or ()))}
-        bounds = {"uniform": 3**0.5 * config.dim**-0.5, "kaiming": config.dim**-0.5}  # Kaiming's with a = sqrt(5)
+        self.config = config
+        self.rows = config.rows
+        self.attending = config.layers_with("attention")
+        self.kernels = kernels
+        self.fp8 = fp8
+        self.table = parameter_table(config)
+        made = {}
         for name, row in self.table.items():
-            self.register_parameter(name, None)
-            if not row.shape:
+            if row is None:
+                self.register_parameter(name, None)
                 continue
-            how, _, std = str(row.start).partition("/")[0].partition(" ")  # "uniform 0.5/sqrt(D)": uniform, 0.5
-            if name == "embed":
-                value = self.lm_head.data.T.contiguous()
-            elif name == "mudd_bias":
-                value = torch.tensor(sum(MUDD_STARTS, ())) / 0.1
-            elif how == "normal":
-                value = torch.randn(row.shape) * float(std)
-            elif how in bounds:
-                bound = bounds[how] * float(std or 1)
-                value = torch.empty(row.shape).uniform_(-bound, bound)
-            else:
-                value = torch.full(row.shape, float(how))
+            value = row.init.make(row.shape, made)
             if row.kind == "bank":
-                value = F.pad(value, (0, 0, 0, 0, 0, -len(value) % shards))
-            setattr(self, name, nn.Parameter(value if row.kind == "scalar" else value.to(dtype)))
-        self.mlp_bank.data[1::2] = 0  # every W_out
-        # Drawn on the CPU from a seed of its own: the same table on every device, for every --seed.
-        signs = torch.randint(2, (8192, config.bigram_dim), generator=torch.Generator().manual_seed(83), device="cpu")
-        self.register_buffer("bigram_signs", (2 * signs - 1).to(dtype) if config.bigram else None)
+                padding = -len(value) % shards
+                value = F.pad(value, (0, 0, 0, 0, 0, padding))
+            if row.kind != "scalar":
+                value = value.to(dtype)
+            made[name] = value
+            self.register_parameter(name, nn.Parameter(value))
+        signs = None
+        if config.bigram:
+            # From a seed of its own, on the CPU: the same on every device, for every --seed.
+            generator = torch.Generator().manual_seed(83)
+            signs = torch.randint(2, (8192, config.bigram_dim), generator=generator, device="cpu")
+            signs = (2 * signs - 1).to(dtype)
+        self.register_buffer("bigram_signs", signs)
+        # The layers whose output something later reads.
+        self.kept = set()
+        for row in self.rows:
+            self.kept.update((row.single_input, row.skip, *(row.mudd or ())))
 
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
-        """The training objective, summed over a sequence: inputs and targets (T,) integers; returns float32, 0-d."""
+        """The training objective, summed over a sequence: inputs and targets (T,); float32, 0-d."""
         x = self.stream(inputs, context, self.fp8)
-        if has_kernels(x):
-            return Head.apply(x, self.lm_head, targets, context.mtp, self.fp8)
-        return token_losses(x, self.lm_head, targets, context.mtp, x.dtype).sum()
+        options = {"kernels": self.kernels, "fp8": self.fp8}
+        return summed_loss(x, self.lm_head, targets, context.mtp, **options)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
-        """Cross-entropy in nats of each token (T,), float32, the head computed in chunks to bound memory."""
-        chunks = zip(self.stream(inputs, context).split(VAL_CHUNK), targets.split(VAL_CHUNK))
-        one = torch.ones(1, device=inputs.device)
-        return torch.cat([token_losses(x, self.lm_head, y, one, torch.float32) for x, y in chunks])
+        """The cross-entropy in nats of each token (T,), float32: what validation measures."""
+        x = self.stream(inputs, context)
+        weight = torch.ones(1, device=inputs.device)
+        losses = []
+        for rows, row_targets in zip(x.split(VAL_CHUNK), targets.split(VAL_CHUNK)):
+            losses.append(token_losses(rows, self.lm_head, row_targets, weight, torch.float32))
+        return torch.cat(losses)
 
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
-        """What the head reads: the normed stream (T, D) after the last layer."""
-        config, begins, layers = self.config, document_starts(inputs, self.config), self.layer_weights(len(inputs), fp8)
-        mudd = self.mudd_w1, self.mudd_w2, self.mudd_bias
-        docs = (inputs == config.bos_id).cumsum(0)
-        docs = {False: docs, True: docs.repeat_interleave(2)}  # paired heads have twice the positions
-        windows = dict(zip(("short", "long"), context.windows))
-        make = block_mask if inputs.is_cuda else banded_mask
-        kinds = dict.fromkeys((row.paired_heads, row.window) for row in self.rows if row.attention)
-        masks = {(paired, window): make(docs[paired], windows[window]) for paired, window in kinds}
+        """The residual stream (T, D) after the last layer, normed: what the head reads."""
+        config = self.config
+        begins = document_starts(inputs, config)
+        masks = self.make_masks(inputs, context.windows)
+        value_rows = self.look_up_values(inputs)
+        layers, mixes = self.layer_weights(len(inputs), fp8)
+        mudd_before_weights, mudd_after_weights = self.mudd_weights()
 
         x = F.embedding(inputs, self.embed)
-        weights = self.smear_gate, self.smear_lambda, self.bigram_table, self.bigram_signs, layers[0].mix[3]
-        x0, start, bigram = begin_stream(x, inputs, begins, *weights)
-        x, values, after = start, {}, {}  # `after`: the stream after each layer that others read
-        if self.value_embeds is not None:  # the row (T, D) of each token in each table
-            firsts = torch.arange(0, len(self.value_embeds), config.padded_vocab, device=inputs.device)
-            values = dict(enumerate(F.embedding(inputs + firsts[:, None], self.value_embeds).unbind()))
+        smear = self.smear_gate, self.smear_lambda
+        bigrams = self.bigram_table, self.bigram_signs, mixes[0].bigram
+        x0, start, bigram = begin_stream(x, inputs, begins, *smear, *bigrams)
+        x = start
+        after = {}  # the residual stream after each layer that something later reads
+        mudd_sources = None
 
-        for i, (layer, w) in enumerate(zip(self.rows, layers)):
-            added, origin = values.get(layer.value_embeds), x0
-            if layer.skip is not None:  # an earlier stream, through a gate that reads the embedding [55]
-                gate = 2 * torch.sigmoid(self.skip_lambda.to(x.dtype)) * torch.sigmoid(x0[:, :12] @ self.skip_gate)
-                x = x + gate[:, None] * after[layer.skip]
-            if layer.mudd is not None:
-                sources = [after[n] for n in layer.mudd]
-                x, added, mix = mudd_before(x, start, sources[0], added, *mudd)
-                w, origin = w._replace(mix=mix), start
-            if layer.attention:
-                paired, offset = layer.paired_heads, config.key_offset and layer.window == "long"
-                read, heads = x if layer.single_input is None else after[layer.single_input], config.heads
-                q, k, v, gate = project(read, added, begins, context[:2], w, heads, offset=offset, paired=paired)
-                y = attend(q, k, v, masks[paired, layer.window], context.scale)
+        for i, (row, w, mix) in enumerate(zip(self.rows, layers, mixes)):
+            added = value_rows.get(row.value_embeds)
+            origin = x0
+            if row.skip is not None:
+                x = self.add_skip(x, x0, after[row.skip])
+            if row.mudd is not None:
+                mudd_sources = [after[source] for source in row.mudd]
+                origin = start
+                x, added, mix = mudd_before(x, start, mudd_sources[0], added, *mudd_before_weights)
+            if row.attention:
+                q, k, v, gate = project(
+                    x if row.single_input is None else after[row.single_input], added,
+                    begins, (context.cos, context.sin), w, config.heads,
+                    offset=config.key_offset and row.window == "long",
+                    paired=row.paired_heads,
+                )
+                y = attend(q, k, v, masks[row.paired_heads, row.window], context.scale)
                 # Layer 0 has the bigram embedding from the start.
-                x = add_attention(x, y, v, gate, origin, bigram if i > 0 else None, w, paired=paired)
-            x = add_mlp(x, w)
+                bigram_here = None if i == 0 else bigram
+                x = add_attention(
+                    x, y, v, gate, origin, bigram_here, w, mix, paired=row.paired_heads
+                )
+            x = add_mlp(x, w, mix, kernels=self.kernels)
             if i in self.kept:
                 after[i] = x
-        if self.mudd_w1 is not None:
-            x = mudd_after(x, [start, *sources[:2], values.get(0), sources[2]], *mudd)
+
+        if mudd_sources is not None:
+            source_1, source_2, source_3 = mudd_sources
+            x = mudd_after(
+                x, start, source_1, source_2, value_rows.get(0), source_3, *mudd_after_weights
+            )
         return norm(x)
 
-    def layer_weights(self, length: int, fp8: bool) -> list[LayerWeights]:
-        """What each layer has of the parameters: matrices times their scalars [47], all in the dtype of the stream."""
-        dtype, dim, count, n = self.embed.dtype, self.config.dim, len(self.rows), len(self.attending)
+    def make_masks(self, inputs: Tensor, windows: tuple) -> dict[tuple[bool, str], object]:
+        """The masks that the layers need, by (paired heads, "short" or "long")."""
+        short, long = windows
+        docs = (inputs == self.config.bos_id).cumsum(0)
+        paired_docs = docs.repeat_interleave(2)  # paired heads have twice as many positions
+        make = block_mask if inputs.is_cuda else banded_mask
+        masks = {}
+        for row in self.rows:
+            kind = row.paired_heads, row.window
+            if row.attention and kind not in masks:
+                masks[kind] = make(
+                    paired_docs if row.paired_heads else docs,
+                    long if row.window == "long" else short,
+                )
+        return masks
 
-        def by_layer(tensor: Tensor | None, layers: Iterable[int]) -> list[Tensor | None]:
-            parts = {} if tensor is None else dict(zip(layers, tensor.to(dtype).unbind()))
-            return [parts.get(i) for i in range(count)]
+    def look_up_values(self, inputs: Tensor) -> dict[int, Tensor]:
+        """Each token's row (T, D) in each table of value embeddings, by the table's number."""
+        if self.value_embeds is None:
+            return {}
+        vocab = self.config.padded_vocab
+        first_rows = torch.arange(0, len(self.value_embeds), vocab, device=inputs.device)
+        rows = F.embedding(inputs + first_rows[:, None], self.value_embeds)  # (tables, T, D)
+        return dict(enumerate(rows.unbind()))
 
-        # Of all layers at once: a product a layer is some hundred kernels more, most of them in the backward pass.
-        qkv, out = (p.to(dtype)[:, None, None] for p in (self.qkv_lambdas, self.out_lambdas))
-        w_qk = self.qk_bank.view(-1, dim)[: n * 2 * dim].view(n, 2 * dim, dim)  # without the padding
-        w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
-        matrices = self.mlp_bank.unbind()
-        in_8_bits = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach()) if fp8 else ()
-        mlp = zip(matrices[::2], matrices[1::2], *(each.unbind() for each in in_8_bits))
-        resid, post, x0 = self.resid_lambdas, self.post_lambdas, self.x0_lambdas
-        bigram = torch.zeros_like(x0) if self.bigram_lambdas is None else self.bigram_lambdas
-        factors = torch.stack((resid[:, 0], post[:, 0], x0, bigram, resid[:, 1], post[:, 1])).flatten()
-        # Spread over the tokens: one sum over them then makes the gradients of all, which else had one each. Contiguous
-        # like MUDD's, so that the regions' graphs serve both.
-        factors = factors.to(dtype)[:, None, None].expand(-1, length, 1).contiguous().unbind()
-        columns = (
-            by_layer(qkv * w_qk, self.attending),  # (2D, D)
-            by_layer(qkv * w_v, self.attending),  # (D, D)
-            by_layer(out * w_o, self.attending),  # (D, D)
-            by_layer(self.value_gates, self.gated),  # (H, 12)
-            by_layer(self.xsa_alphas, self.xsa),  # (H,)
-            by_layer(self.attention_gates, self.attending),  # (H, 12)
-            mlp,  # W_in and W_out (4D, D); with `fp8` also W_in in 8 bits, and its scale [84]
-            (factors[i::count] for i in range(count)),  # (T, 1): of x, attention, x0, bigram; of x, MLP
+    def add_skip(self, x: Tensor, x0: Tensor, earlier: Tensor) -> Tensor:
+        """x and an earlier residual stream, through a gate that reads x0 [55]."""
+        gate = (
+            2
+            * torch.sigmoid(self.skip_lambda.to(x.dtype))
+            * torch.sigmoid(x0[:, :12] @ self.skip_gate)
         )
-        return list(map(LayerWeights, *columns))
+        return x + gate[:, None] * earlier
+
+    def mudd_weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """W1, W2 and bias of MUDD's two networks, in the residual stream's dtype."""
+        if self.mudd_w1 is None:
+            return (), ()
+        sizes = [len(MuddBefore._fields), len(MuddAfter._fields)]
+        w2 = self.mudd_w2.split(sizes)
+        bias = self.mudd_bias.to(self.embed.dtype).split(sizes)
+        before, after = zip(self.mudd_w1, w2, bias)
+        return before, after
+
+    def layer_weights(
+        self, length: int, fp8: bool
+    ) -> tuple[list[dict[str, Tensor | None]], list[Mix]]:
+        """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
+
+        Of a layer: the matrices, times their scalars [47]: qk (2D, D), v and out (D, D), mlp_in and
+        mlp_out (4D, D), with `fp8` also mlp_in in 8 bits and its scale [84]; and its row of every
+        parameter whose row in the table has `layers`, by the parameter's name. None for what it
+        does without.
+        """
+        dtype = self.embed.dtype
+        dim = self.config.dim
+        attending = self.attending
+        count, n = len(self.rows), len(attending)
+        layers = [{} for _ in range(count)]
+
+        def hand_out(name: str, to: Iterable[int], parts: Iterable[Tensor]) -> None:
+            # All layers have the same names, so that the layers of a kind share their graphs.
+            for w in layers:
+                w[name] = None
+            for layer, part in zip(to, parts):
+                layers[layer][name] = part
+
+        # For all layers at once, which saves some hundred small kernels, most of them backward.
+        qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
+        out_lambdas = self.out_lambdas.to(dtype)[:, None, None]
+        w_qk = self.qk_bank.view(-1, dim)[: n * 2 * dim].view(n, 2 * dim, dim)  # no padding
+        w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
+        mlp_matrices = self.mlp_bank.unbind()
+        hand_out("qk", attending, (qkv_lambdas * w_qk).unbind())
+        hand_out("v", attending, (qkv_lambdas * w_v).unbind())
+        hand_out("out", attending, (out_lambdas * w_o).unbind())
+        hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
+        hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
+        mlp_in8, scales = (), ()
+        if fp8:
+            mlp_in8, scales = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach())
+        hand_out("mlp_in8", range(count), mlp_in8)
+        hand_out("mlp_in8_scale", range(count), scales)
+        for name, row in self.table.items():
+            if row is None:
+                hand_out(name, [], [])
+            elif row.layers is not None:
+                hand_out(name, row.layers, getattr(self, name).to(dtype).unbind())
+        return layers, self.layer_mixes(length)
+
+    def layer_mixes(self, length: int) -> list[Mix]:
+        """Each layer's `Mix`, of the learned scalars."""
+        bigram = self.bigram_lambdas
+        if bigram is None:
+            bigram = torch.zeros_like(self.x0_lambdas)
+        attn_resid, mlp_resid = self.resid_lambdas.unbind(1)
+        attn_post, mlp_post = self.post_lambdas.unbind(1)
+        # Spread over the tokens: one sum over them then makes the gradients of all the scalars,
+        # which else had a kernel each. Contiguous like MUDD's, so that a region's graph serves both.
+        stacked = torch.stack(
+            Mix(attn_resid, attn_post, self.x0_lambdas, bigram, mlp_resid, mlp_post)
+        )
+        spread = stacked.to(self.embed.dtype).flatten()[:, None, None].expand(-1, length, 1)
+        each = spread.contiguous().unbind()
+        count = len(self.rows)
+        return [Mix(*each[layer::count]) for layer in range(count)]
 
 
-# 6. Optimizer =========================================================================================================
-# NorMuon for the banks, every step; Adam for the rest, every second step. Ranks reduce-scatter gradients of banks and
-# tables, update a part each, and gather; they all-reduce those of gates and scalars. One rank communicates nothing.
+# 6. Optimizer =====================================================================================
+# NorMuon for the banks, every step; Adam for the rest, every second step, on the sum of two steps'
+# gradients. Ranks share out the banks and tables: they reduce-scatter the gradients, update a part
+# each, and gather the new values. Gates and scalars are small, and every rank updates them all, from
+# all-reduced gradients. One rank exchanges nothing.
 
 # torch 2.13 renames the two collectives and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -978,77 +1750,142 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 @torch.compile(dynamic=True, fullgraph=True)
-def adam_update(p, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, bias1, bias2) -> None:
-    """One step of Adam with cautious weight decay, in place, on flat tensors, so that one graph serves them all."""
-    # All from `lr` on are 0-d tensors, lest each value make a graph: `decay` is lr^2 wd, bias1 and bias2 1 - beta^t.
-    grad, value = grad.float(), p.float()
+def adam_update(
+    p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, decay: Tensor,
+    beta1: Tensor, beta2: Tensor, bias1: Tensor, bias2: Tensor,
+) -> None:
+    """One step of Adam with cautious weight decay [50], in place.
+
+    The tensors are flat, so that one graph serves them all; the numbers from `lr` on are 0-d
+    tensors, because another value of a plain number would be another graph. `decay` is
+    lr^2 * weight decay; bias1 and bias2 are 1 - beta^t.
+    """
+    grad = grad.float()
+    value = p.float()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
     update = lr * bias2.sqrt() / bias1 * exp_avg / (exp_avg_sq.sqrt() + 1e-10)
-    p.copy_(value - update - decay * value * (update * value > 0))
+    # Cautious: only what the update makes smaller decays as well. A table's row that never had a
+    # gradient has an update of 0, and so keeps its start; hence > where NorMuon has >=.
+    decays = update * value > 0
+    p.copy_(value - update - decay * value * decays)
 
 
 @torch.compile(dynamic=False, fullgraph=True)
-def normuon_update(p, grad, factors, lr, wd, momentum, beta2, exp_avg, exp_avg_sq, low=None) -> None:
-    """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43, 57].
+def normuon_update(
+    p: Tensor, grad: Tensor, factors: Tensor, lr: Tensor, wd: Tensor, momentum: Tensor,
+    beta2: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None,
+    kernels: bool = False,
+) -> None:
+    """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43].
 
-    `factors` (n, 1, 1) are the matrices' parts of the learning rate, the four numbers 0-d tensors; `exp_avg_sq` has the
-    mean squares of rows (n, rows, 1) or columns (n, 1, cols), `low` (uint16) the mantissa bits that bf16 weights lose.
+    Muon [3] replaces the momentum by the closest orthogonal matrix: all directions in which a
+    matrix acts get the same step, also those in which gradients are small. That leaves some rows
+    (or columns) with far larger steps than others, which NorMuon evens out by their running mean
+    squares, as Adam does for single numbers, while the matrix keeps its size.
+
+    `factors` (n, 1, 1) multiply the learning rate for each matrix; the four numbers are 0-d tensors.
+    `exp_avg_sq` has the mean squares of rows (n, rows, 1) or of columns (n, 1, cols), whichever are
+    more; `low` (uint16) the mantissa bits that bf16 weights lose.
     """
+    # 1. Momentum, with Nesterov's look ahead.
     grad = grad.float()
     exp_avg.lerp_(grad, 1 - momentum)
-    u = polar_express(torch.lerp(grad, exp_avg, momentum), p.dtype).float()
-    before = u.norm(dim=(-2, -1), keepdim=True)
-    exp_avg_sq.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
+    u = torch.lerp(grad, exp_avg, momentum)
+
+    # 2. Orthogonalize.
+    u = polar_express(u, p.dtype, kernels).float()
+
+    # 3. Even out the rows or the columns.
+    size = u.norm(dim=(-2, -1), keepdim=True)
+    over = -1 if u.size(-2) >= u.size(-1) else -2
+    exp_avg_sq.lerp_(u.square().mean(over, keepdim=True), 1 - beta2)
     u = u * exp_avg_sq.clamp(min=1e-10).rsqrt()
-    u = u * (before / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    u = u * (size / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+    # 4. Step, with cautious weight decay. (Where u is 0 weights decay; Adam's do not.)
     value = p if low is None else join_float32(p, low)
     step = lr * factors
     value = value - step * (lr * wd) * value * (u * value >= 0) - step * u
     if low is not None:
-        value, bottom = split_float32(value)
-        low.copy_(bottom)
+        value, lost = split_float32(value)
+        low.copy_(lost)
     p.copy_(value)
 
 
 def resize(saved: Tensor, rows: int) -> Tensor:
     """A bank's first axis cut, or padded with zeros, for another number of processes."""
-    return F.pad(saved, (0, 0) * (saved.dim() - 1) + (0, rows - len(saved)))
+    missing = rows - len(saved)
+    return F.pad(saved, (0, 0) * (saved.dim() - 1) + (0, missing))
+
+
+class Reduction(NamedTuple):
+    """A gradient that is on its way between the ranks."""
+
+    works: list[dist.Work]  # what has to arrive
+    grad: Tensor  # where it arrives: this rank's part of the mean, or rows of it
+    rows: Tensor | None = None  # a sparse exchange: the rows of the parameter that `grad` is of
 
 
 class Optimizer:
-    """Both optimizers, their state, and the exchange between ranks, for all parameters of a `GPT`."""
+    """Both optimizers, their state, and the exchange between ranks, for a whole `GPT`."""
 
     def __init__(self, model: GPT, settings: Settings, rank: int = 0, world_size: int = 1):
-        self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.params, self.table, self.state, self.factors = dict(model.named_parameters()), model.table, {}, {}
-        kinds = ("bank",), ("table",), ("gate", "scalar")
-        self.banks, self.tables, self.small = ([n for n in self.params if self.table[n].kind in kind] for kind in kinds)
-        self.muon = self.banks if settings.muon else []  # the parameters that are NorMuon's
-        self.sharded = self.banks + self.tables if world_size > 1 else []  # those of which each rank updates a part
-        # Of the bigram table's gradient only the rows that a rank has touched need to travel; see `exchange_rows`.
-        self.sparse = settings.sparse_exchange and 1 < world_size == settings.slices and "bigram_table" in self.params
-        self.touched: list[Tensor] = []  # rows, on the CPU, one tensor a step since the last update
-        self.tied, self.updates = settings.stages[0].tied, 0  # Adam's t, one for all parameters
+        self.settings = settings
+        self.rank = rank
+        self.world_size = world_size
+        self.kernels = model.kernels
+        self.table = model.table
+        self.params = dict(model.named_parameters())
+        self.banks = self.names_of("bank")
+        self.tables = self.names_of("table")
+        self.small = self.names_of("gate", "scalar")
+        # The parameters that NorMuon updates, and those of which each rank updates a part.
+        self.muon = self.banks if settings.muon else []
+        self.sharded = self.banks + self.tables if world_size > 1 else []
+        # Of the bigram table's gradient only the rows that a rank has touched need to travel.
+        self.sparse = (
+            settings.sparse_exchange
+            and world_size > 1
+            and settings.slices == world_size
+            and "bigram_table" in self.params
+        )
+        self.touched: list[Tensor] = []  # those rows, on the CPU, a tensor a step since the update
+        self.tied = settings.stages[0].tied
+        self.updates = 0  # Adam's t, the same for all parameters
+        self.state = {}
+        self.factors = {}
         for name, p in self.params.items():
-            zeros = torch.zeros_like(self.share(name, p.data), dtype=torch.float32)
-            state = self.state[name] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-            if name in self.muon:
-                count, rows, cols = p.shape
-                state["exp_avg_sq"] = zeros.mean(-1 if rows >= cols else -2, keepdim=True)
-                if p.dtype == torch.bfloat16:
-                    state["low"] = torch.zeros_like(zeros, dtype=torch.uint16)
-                # A matrix's step grows with its shape; MLP-out's twice more. Padding gets a factor too, and stays zero.
-                factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=p.device)
-                factors[1::2] *= 2 if name == "mlp_bank" else 1
-                self.factors[name] = self.share(name, factors)
+            self.add_state(name, p)
+
+    def names_of(self, *kinds: str) -> list[str]:
+        return [name for name in self.params if self.table[name].kind in kinds]
+
+    def add_state(self, name: str, p: Tensor) -> None:
+        """Zeros for both averages of this rank's part, and what NorMuon needs besides."""
+        zeros = torch.zeros_like(self.share(name, p.data), dtype=torch.float32)
+        state = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        if name in self.muon:
+            count, rows, cols = p.shape
+            over = -1 if rows >= cols else -2
+            state["exp_avg_sq"] = zeros.mean(over, keepdim=True)
+            if p.dtype == torch.bfloat16:
+                state["low"] = torch.zeros_like(zeros, dtype=torch.uint16)
+            # A matrix's step grows with its shape; W_out's is twice as large again.
+            factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=p.device)
+            if name == "mlp_bank":
+                factors[1::2] *= 2
+            self.factors[name] = self.share(name, factors)
+        self.state[name] = state
 
     def share(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of what has a parameter's first axis: the whole, where ranks do not share it out."""
-        return whole.chunk(self.world_size)[self.rank] if name in self.sharded else whole
+        """This rank's part of something with a parameter's first axis, where ranks share it out."""
+        if name not in self.sharded:
+            return whole
+        return whole.chunk(self.world_size)[self.rank]
 
     def gather(self, name: str, part: Tensor) -> Tensor:
-        """The inverse of `share`; as bytes, since not all dtypes travel."""
+        """The inverse of `share`; it travels as bytes, since not all dtypes can."""
         if name not in self.sharded:
             return part
         whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
@@ -1058,200 +1895,372 @@ class Optimizer:
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
-        head, embed, tied = self.params["lm_head"], self.params["embed"], hyper.adam and self.tied
-        steps = {name: self.step_of(name, hyper) for name in (self.params if hyper.adam else self.muon)}
+        adam, tied = hyper.adam, hyper.adam and self.tied
+        due = set(self.params) if adam else set(self.muon)
         if tied:
-            transposed(embed.grad, out=head.grad, add=True)
-            embed.grad = None
-            del steps["embed"]
-        self.updates += hyper.adam
-        # Each goes on until it has something to wait for. Banks are reduced before the large tables, since every step
-        # has them, and most of the work waits for them; but updated last, so that gathers travel while Muon computes.
-        sent, small, banks, tables = {}, self.small, self.banks, self.tables
-        for order in (small + banks + tables, small + tables + banks, tables + banks):
-            for name in filter(steps.get, order):
-                if work := sent.get(name):
-                    work.wait()
-                sent[name] = next(steps[name], None)
+            self.merge_tied_gradients()
+            due.remove("embed")
+        self.updates += adam
+
+        # Two orders. Gradients of the banks leave before those of the large tables, since every
+        # step has them and most of the computing waits for them. But banks are updated last, so
+        # that the tables' new values travel while NorMuon computes.
+        reduce_order = self.small + self.banks + self.tables
+        update_order = self.small + self.tables + self.banks
+
+        # Phase 1: launch all reductions.
+        reductions = {}
+        for name in reduce_order:
+            if name in due:
+                reductions[name] = self.launch_reduction(name)
+        # Phase 2: update each parameter when its gradient is there, and launch its gather.
+        gathers = []
+        for name in update_order:
+            if name in due:
+                grad = self.finish_reduction(reductions.pop(name))
+                self.update(name, grad, hyper)
+                self.params[name].grad = None
+                gathers += self.launch_gather(name)
+        # Phase 3: wait for the new values.
+        for work in gathers:
+            work.wait()
+
         if tied:
-            transposed(head.data, out=embed.data)
             self.tied = hyper.stage.tied
-        if tied and not self.tied:  # embed's own Adam begins as a transposed copy of the head's [51, 53]
+            self.copy_head_to_embed(with_state=not self.tied)
+
+    def merge_tied_gradients(self) -> None:
+        """While embed is the head's transpose, its gradient belongs to the head."""
+        head, embed = self.params["lm_head"], self.params["embed"]
+        transpose_into(head.grad, embed.grad, add=True, kernels=self.kernels)
+        embed.grad = None
+
+    def copy_head_to_embed(self, with_state: bool) -> None:
+        """embed becomes the head's transpose; at the untying it takes the moments, too [51, 53]."""
+        head, embed = self.params["lm_head"], self.params["embed"]
+        transpose_into(embed.data, head.data, kernels=self.kernels)
+        if with_state:
             for key, part in self.state["lm_head"].items():
-                self.state["embed"][key].copy_(self.share("embed", self.gather("lm_head", part).T))
+                whole = self.gather("lm_head", part)
+                self.state["embed"][key].copy_(self.share("embed", whole.T))
 
-    def step_of(self, name: str, hyper: Hyper) -> Iterator[dist.Work]:
-        """One parameter's step; yields what has to arrive before it goes on: the mean gradient, then the new values."""
+    def launch_reduction(self, name: str) -> Reduction:
+        """Sends a gradient on its way to its mean over the ranks."""
         p = self.params[name]
-        grad, part = p.grad, self.share(name, p.data)
+        if self.world_size == 1:
+            return Reduction([], p.grad)
         if name == "bigram_table" and self.sparse:
-            grad = yield from self.exchange_rows(grad)
-        elif name in self.sharded:
-            grad = torch.empty_like(part)
-            yield reduce_scatter(grad, p.grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
-        elif self.world_size > 1:
-            yield dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        self.update(name, grad, hyper)
-        p.grad = None
+            return self.launch_exchange_of_rows(p.grad)
         if name in self.sharded:
-            yield all_gather(p.data, part, async_op=True)
+            part = torch.empty_like(self.share(name, p.data))
+            work = reduce_scatter(part, p.grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+            return Reduction([work], part)
+        work = dist.all_reduce(p.grad, op=dist.ReduceOp.AVG, async_op=True)
+        return Reduction([work], p.grad)
 
-    def exchange_rows(self, grad: Tensor) -> Generator[dist.Work, None, Tensor]:
-        """The reduce-scatter of a gradient (rows, cols) that is zero in most rows: the rest go to their owners."""
-        # Which they are, and so how much travels, comes from the tokens on the CPU: nothing waits for the device.
-        rows, self.touched = torch.cat(self.touched).unique(), []
+    def finish_reduction(self, reduction: Reduction) -> Tensor:
+        """Waits for it; returns this rank's part of the mean gradient."""
+        for work in reduction.works:
+            work.wait()
+        if reduction.rows is None:
+            return reduction.grad
+        # Rows from all ranks: those of one number are added up.
+        size = len(self.params["bigram_table"]) // self.world_size
+        grad = reduction.grad
+        total = torch.zeros(size, grad.size(1), device=grad.device)
+        total.index_add_(0, reduction.rows % size, grad.float())
+        return (total / self.world_size).to(grad.dtype)
+
+    def launch_exchange_of_rows(self, grad: Tensor) -> Reduction:
+        """The reduce-scatter of a gradient (rows, cols) that is zero in most of its rows.
+
+        The others are sent to the ranks that own them. Which they are, and so how much travels,
+        comes from the tokens, on the CPU: nothing waits for the device.
+        """
+        rows = torch.cat(self.touched).unique()
+        self.touched = []
         size = len(grad) // self.world_size
         sends = torch.bincount(rows // size, minlength=self.world_size)
         receives = torch.empty_like(sends)
         dist.all_to_all_single(receives, sends)
         splits = receives.tolist(), sends.tolist()
+        arriving = sum(splits[0])
         rows = rows.to(grad.device, non_blocking=True)
-        index, values = rows.new_empty(sum(splits[0])), grad.new_empty(sum(splits[0]), grad.size(1))
-        first = dist.all_to_all_single(index, rows, *splits, async_op=True)
-        yield dist.all_to_all_single(values, grad[rows], *splits, async_op=True)
-        first.wait()
-        total = torch.zeros(size, grad.size(1), device=grad.device).index_add_(0, index % size, values.float())
-        return (total / self.world_size).to(grad.dtype)
+        their_rows = rows.new_empty(arriving)
+        values = grad.new_empty(arriving, grad.size(1))
+        works = [
+            dist.all_to_all_single(their_rows, rows, *splits, async_op=True),
+            dist.all_to_all_single(values, grad[rows], *splits, async_op=True),
+        ]
+        return Reduction(works, values, their_rows)
+
+    def launch_gather(self, name: str) -> list[dist.Work]:
+        """Sends this rank's part of a parameter to all others, where ranks share it out."""
+        if name not in self.sharded:
+            return []
+        whole = self.params[name].data
+        return [all_gather(whole, self.share(name, whole), async_op=True)]
 
     def update(self, name: str, grad: Tensor, hyper: Hyper) -> None:
-        """Updates this rank's part of a parameter, with its part of the gradient."""
-        settings, row, state = self.settings, self.table[name], self.state[name]
+        """Updates this rank's part of a parameter, from its part of the gradient."""
+        settings = self.settings
+        row = self.table[name]
+        state = self.state[name]
         part = self.share(name, self.params[name].data)
         if name in self.muon:
-            numbers = (settings.muon_lr * hyper.lr, settings.muon_wd, hyper.momentum, settings.muon_beta2)
-            normuon_update(part, grad, self.factors[name], *map(torch.tensor, numbers), **state)
+            normuon_update(
+                part, grad, self.factors[name],
+                lr=torch.tensor(settings.muon_lr * hyper.lr),
+                wd=torch.tensor(settings.muon_wd), momentum=torch.tensor(hyper.momentum),
+                beta2=torch.tensor(settings.muon_beta2), kernels=self.kernels, **state,
+            )
         else:
-            lr, bias = settings.adam_lr * hyper.lr * row.lr, (1 - beta**self.updates for beta in row.betas)
-            numbers = (lr, lr**2 * settings.adam_wd * row.wd, *row.betas, *bias)
-            adam_update(*(x.view(-1) for x in (part, grad, *state.values())), *map(torch.tensor, numbers))
+            lr = settings.adam_lr * hyper.lr * row.lr
+            beta1, beta2 = row.betas
+            adam_update(
+                part.view(-1), grad.view(-1), state["exp_avg"].view(-1),
+                state["exp_avg_sq"].view(-1), lr=torch.tensor(lr),
+                decay=torch.tensor(lr**2 * settings.adam_wd * row.wd),
+                beta1=torch.tensor(beta1), beta2=torch.tensor(beta2),
+                bias1=torch.tensor(1 - beta1**self.updates),
+                bias2=torch.tensor(1 - beta2**self.updates),
+            )
 
     def state_dict(self) -> dict:
-        """All state, and the gradients that wait for Adam, whole and on the CPU: all ranks take part, rank 0 has it."""
-        keep = Tensor.cpu if self.rank == 0 else lambda whole: None
-        states = {name: {key: keep(self.gather(name, x)) for key, x in own.items()} for name, own in self.state.items()}
-        grads = {name: p.grad.clone() for name, p in self.params.items() if p.grad is not None}
-        for grad in grads.values() if self.world_size > 1 else ():
-            dist.all_reduce(grad, op=dist.ReduceOp.AVG)
-        grads = {name: keep(grad) for name, grad in grads.items()}
+        """All state, and the gradients that wait for Adam, whole and on the CPU.
+
+        All ranks take part; rank 0 has the result, the others have None in place of tensors.
+        """
+
+        def keep(whole: Tensor) -> Tensor | None:
+            return whole.cpu() if self.rank == 0 else None
+
+        states = {}
+        for name, state in self.state.items():
+            states[name] = {key: keep(self.gather(name, part)) for key, part in state.items()}
+        grads = {}
+        for name, p in self.params.items():
+            if p.grad is not None:
+                grad = p.grad.clone()
+                if self.world_size > 1:
+                    dist.all_reduce(grad, op=dist.ReduceOp.AVG)
+                grads[name] = keep(grad)
         return {"states": states, "grads": grads, "updates": self.updates, "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
         for name, p in self.params.items():
             for key, part in self.state[name].items():
-                part.copy_(self.share(name, resize(saved["states"][name][key], len(p))))
+                whole = resize(saved["states"][name][key], len(p))
+                part.copy_(self.share(name, whole))
             if name in saved["grads"]:
                 p.grad = resize(saved["grads"][name], len(p)).to(p.device)
         if self.sparse and "bigram_table" in saved["grads"]:
-            self.touched.append(saved["grads"]["bigram_table"].any(1).nonzero().squeeze(1))
-        self.updates, self.tied = saved["updates"], saved["tied"]
+            touched = saved["grads"]["bigram_table"].any(1)
+            self.touched.append(touched.nonzero().squeeze(1))
+        self.updates = saved["updates"]
+        self.tied = saved["tied"]
 
 
-# 7. Data ==============================================================================================================
-# A shard is a 1,024-byte header and uint16 tokens. Which documents make which slice of a batch is planned for the whole
-# run before it starts, from their lengths alone, the same on every rank; too few tokens are so told before the clock.
+# 7. Data ==========================================================================================
+# A shard is a header of 1,024 bytes, then tokens, 2 bytes each. Which documents make which batch is
+# planned for the whole run before it starts, from the documents' lengths alone and alike on all
+# ranks; so too few tokens are noticed before the clock starts.
 
 
 def find_shards(pattern: str, preset: str) -> list[str]:
     """The files of a pattern, in name order."""
-    if paths := sorted(glob.glob(pattern)):
-        return paths
-    raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
+    return paths
 
 
 def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's tokens (uint16), and the positions of all documents' BOS and of the end; UserError if it is unfit."""
+    """A shard's tokens (uint16), and the positions of all documents' BOS and of the shard's end.
+
+    UserError if the file is not a whole shard of this vocabulary.
+    """
     try:
-        size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256)
         tokens = np.fromfile(path, dtype="<u2")[512:]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if size < 1024:
-        problem = f"truncated: {size} bytes, expected a header of 1,024 bytes"
-    elif header[0] != 20240520 or header[1] != 1:
-        problem = f"no token shard: magic number {header[0]}, version {header[1]}; expected 20240520, version 1"
-    elif size != (expected := 1024 + 2 * int(header[2])):
+        raise UserError(f"{path}: truncated: {size} bytes, expected a header of 1,024 bytes")
+    magic, version, count = (int(number) for number in header[:3])
+    if magic != 20240520 or version != 1:
+        raise UserError(
+            f"{path}: not a token shard: magic number {magic}, version {version}; "
+            "expected 20240520, version 1"
+        )
+    expected = 1024 + 2 * count
+    if size != expected:
         what = "truncated" if size < expected else "too long"
-        problem = f"{what}: {size:,} bytes, but {header[2]:,} tokens take {expected:,}; get it again"
-    elif tokens.max(initial=0) >= config.vocab_size:
-        problem = f"token {tokens.max()} is outside the vocabulary of {config.vocab_size}; is it another tokenizer's?"
-    elif not len(starts := np.flatnonzero(tokens == config.bos_id)):
-        problem = f"no BOS (token {config.bos_id}); every document must start with BOS"
-    else:
-        return tokens, np.append(starts, len(tokens))
-    raise UserError(f"{path}: {problem}")
+        raise UserError(
+            f"{path}: {what}: {size:,} bytes, but {count:,} tokens take {expected:,}; get it again"
+        )
+    largest = tokens.max(initial=0)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{path}: token {largest} is outside the vocabulary of {config.vocab_size}; "
+            "is it another tokenizer's?"
+        )
+    starts = np.flatnonzero(tokens == config.bos_id)
+    if len(starts) == 0:
+        raise UserError(
+            f"{path}: no BOS (token {config.bos_id}); every document must start with BOS"
+        )
+    return tokens, np.append(starts, len(tokens))
 
 
-# Where one step's tokens come from: slice s, of `length` inputs and one token more, has a shard's documents from
-# documents[s] up to documents[s + 1], each cut to max_seq_len.
-Batch = collections.namedtuple("Batch", "path documents length max_seq_len")
+class Batch(NamedTuple):
+    """Where one step's tokens come from.
+
+    Slice s, a microbatch of `length` inputs and one token more, has the shard's documents from
+    documents[s] up to documents[s + 1], each cut to max_seq_len.
+    """
+
+    path: str
+    documents: list[int]
+    length: int
+    max_seq_len: int
+
+
+def fill_slices(ends: np.ndarray, first: int, length: int, slices: int) -> list[int] | None:
+    """Where the slices of a batch begin and end in a shard, from its document `first` on.
+
+    `ends` has the tokens before each document, cut, and in all. A slice takes whole documents until
+    it has length + 1 tokens; what its last document has left over is dropped. None if the shard has
+    too few documents.
+    """
+    documents = [first]
+    for _ in range(slices):
+        if documents[-1] >= len(ends):
+            return None
+        needed = ends[documents[-1]] + length + 1
+        documents.append(int(np.searchsorted(ends, needed)))
+    if documents[-1] >= len(ends):
+        return None
+    return documents
 
 
 def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dict[str, int]]:
-    """A `Batch` for every step of the run, and the number of tokens of each shard that the plan looked at."""
-    # Slices take documents in order, each cut to max_seq_len, and the last one so that the slice is exactly full.
-    plan, documents, ends = [], [0], []  # `ends`: the steps planned when each shard, in turn, ran out
-    bounds = functools.cache(lambda path: read_shard(path, settings.model)[1])
-    starts = functools.cache(lambda path, cut: np.append(0, np.minimum(np.diff(bounds(path)), cut)).cumsum())
+    """A `Batch` for every step of the run; and the tokens of each shard that it looked at.
+
+    Where a shard runs out, the batch begins again with the next one; after the last shard comes the
+    first. UserError if that takes more epochs than the settings allow.
+    """
+
+    @functools.cache
+    def bounds(path: str) -> np.ndarray:
+        return read_shard(path, settings.model)[1]
+
+    @functools.cache
+    def cut_ends(path: str, max_seq_len: int) -> np.ndarray:
+        lengths = np.minimum(np.diff(bounds(path)), max_seq_len)
+        return np.append(0, lengths).cumsum()
+
+    plan = []
+    shard = 0  # counts on from epoch to epoch
+    document = 0
+    tried_in_vain = 0  # shards in a row that had no whole batch left
+    planned_in_time = None  # the steps that the allowed epochs are enough for
     while len(plan) < settings.total_steps:
-        stage, path = schedule(settings, len(plan)).stage, paths[len(ends) % len(paths)]
+        path = paths[shard % len(paths)]
+        stage = schedule(settings, len(plan)).stage
         length = stage.batch_tokens // settings.slices
-        before = starts(path, stage.max_seq_len)  # tokens before each document, and in all
-        while len(documents) <= settings.slices and documents[-1] < len(before):
-            documents.append(int(np.searchsorted(before, before[documents[-1]] + length + 1)))
-        if documents[-1] < len(before):
+        ends = cut_ends(path, stage.max_seq_len)
+        documents = fill_slices(ends, document, length, settings.slices)
+        if documents is not None:
             plan.append(Batch(path, documents, length, stage.max_seq_len))
-            documents = documents[-1:]
-        else:  # the next shard begins this batch again
-            ends.append(len(plan))
-            documents = [0]
-        if ends.count(len(plan)) > len(paths):  # so each was tried from its start
-            what = f"one batch of {stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,})"
-            largest = f"the largest of {len(paths)} has {max(bounds(path)[-1] for path in paths):,} tokens"
-            raise UserError(f"{settings.train_files}: no shard has documents for {what}; {largest}")
-    if (epochs := len(ends) // len(paths) + 1) > settings.epochs:
-        parts = plan[: ends[settings.epochs * len(paths) - 1]], plan
-        have, need = (sum(batch.length * settings.slices for batch in part) for part in parts)
-        found = f"{have:,} of {need:,}, in {len(paths)} shards and {settings.epochs} epochs after cutting documents"
-        raise UserError(f"{settings.train_files}: too few tokens: {found}; add shards, or use --epochs {epochs}")
-    return plan, {path: int(bounds(path)[-1]) for path in paths[: len(ends) + 1]}
+            document = documents[-1]
+            tried_in_vain = 0
+            continue
+        shard += 1
+        document = 0
+        tried_in_vain += 1
+        if tried_in_vain > len(paths):  # so each of them was tried from its start
+            largest = max(bounds(each)[-1] for each in paths)
+            raise UserError(
+                f"{settings.train_files}: no shard has documents for one batch of "
+                f"{stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,}); "
+                f"the largest of {len(paths)} has {largest:,} tokens"
+            )
+        if shard == settings.epochs * len(paths):
+            planned_in_time = len(plan)
+
+    epochs = shard // len(paths) + 1
+    if epochs > settings.epochs:
+        need = sum(batch.length * settings.slices for batch in plan)
+        have = sum(batch.length * settings.slices for batch in plan[:planned_in_time])
+        raise UserError(
+            f"{settings.train_files}: too few tokens: {have:,} of {need:,}, in {len(paths)} shards "
+            f"and {settings.epochs} epochs after cutting documents; "
+            f"add shards, or use --epochs {epochs}"
+        )
+    return plan, {path: int(bounds(path)[-1]) for path in paths[: shard + 1]}
 
 
-def training_batches(plan: list[Batch], config: ModelConfig, slices: range):
+def training_batches(plan: list[Batch], config: ModelConfig, slices: range) -> Iterator[Tensor]:
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
-    groups = itertools.groupby(plan, key=lambda batch: batch.path)
-    for (tokens, bounds), batches in prefetch((read_shard(path, config), list(batches)) for path, batches in groups):
+    by_shard = []  # the batches of one shard after another
+    for path, batches in itertools.groupby(plan, key=lambda batch: batch.path):
+        by_shard.append((path, list(batches)))
+    shards = prefetch(read_shard(path, config) for path, _ in by_shard)
+    for (path, batches), (tokens, bounds) in zip(by_shard, shards):
         if batches[-1].documents[-1] >= len(bounds):
-            raise UserError(f"{batches[-1].path}: changed while the run was reading it")
+            raise UserError(f"{path}: changed while the run was reading it")
         for batch in batches:
-            edges = [itertools.pairwise(bounds[batch.documents[s] : batch.documents[s + 1] + 1]) for s in slices]
-            pieces = ([tokens[start:end][: batch.max_seq_len] for start, end in each] for each in edges)
-            rows = [np.concatenate(each)[: batch.length + 1] for each in pieces]
+            rows = [slice_of(batch, number, tokens, bounds) for number in slices]
             yield torch.from_numpy(np.stack(rows).astype(np.int32))
 
 
+def slice_of(batch: Batch, number: int, tokens: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The length + 1 tokens of one slice of a batch."""
+    pieces = []
+    for document in range(batch.documents[number], batch.documents[number + 1]):
+        piece = tokens[bounds[document] : bounds[document + 1]]
+        pieces.append(piece[: batch.max_seq_len])
+    return np.concatenate(pieces)[: batch.length + 1]
+
+
 def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
-    """The rows of the bigram table that training on tokens (slices, length + 1) has a gradient for."""
+    """The rows of the bigram table that tokens (slices, length + 1) give a gradient to."""
     count = config.bigram_rows * config.padded_vocab
-    return torch.cat([bigram_hash(row, document_starts(row, config), count) for row in tokens[:, :-1]]).long().unique()
+    rows = []
+    for inputs in tokens[:, :-1]:
+        rows.append(bigram_hash(inputs, document_starts(inputs, config), count))
+    return torch.cat(rows).long().unique()
 
 
 def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
-    """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the stream; tokens by shard."""
-    stream, sizes, need = np.empty(0, np.uint16), {}, settings.val_tokens + 1  # the last target is the next token
+    """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the data.
+
+    And the tokens of each shard they come from.
+    """
+    need = settings.val_tokens + 1  # the last target is the next token
+    stream = np.empty(0, np.uint16)
+    sizes = {}
     for path in find_shards(settings.val_files, settings.preset):
         if len(stream) < need:
             tokens, _ = read_shard(path, settings.model)
-            stream, sizes[path] = np.append(stream, tokens[:need]), len(tokens)
+            stream = np.append(stream, tokens[:need])
+            sizes[path] = len(tokens)
     if len(stream) < need:
-        wanted = f"--val-tokens {settings.val_tokens} needs one more than that; add shards, or use a lower --val-tokens"
-        raise UserError(f"{settings.val_files}: too few validation tokens: {len(stream):,}, but {wanted}")
-    sequences = torch.from_numpy(stream[:need].astype(np.int32))
-    return sequences.unfold(0, settings.val_seq_len + 1, settings.val_seq_len), sizes
+        raise UserError(
+            f"{settings.val_files}: too few validation tokens: {len(stream):,}, but --val-tokens "
+            f"{settings.val_tokens} needs one more than that; add shards, or use a lower "
+            "--val-tokens"
+        )
+    stream = torch.from_numpy(stream[:need].astype(np.int32))
+    length = settings.val_seq_len
+    return stream.unfold(0, length + 1, length), sizes
 
 
-def prefetch(items):
-    """Yields what the iterator `items` yields, the next one being made by a thread meanwhile."""
+def prefetch(items: Iterator) -> Iterator:
+    """Yields what an iterator yields; a thread makes the next one meanwhile. None is not allowed."""
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(next, items, None)
         while (item := ahead.result()) is not None:
@@ -1259,15 +2268,23 @@ def prefetch(items):
             yield item
 
 
-# 8. Training ==========================================================================================================
-# A process and its device, the clock, one step, the warm-up that leaves no trace, the log, checkpoints, and the loop.
+# 8. Training ======================================================================================
+# A process and its device, the clock, one step, the warm-up that leaves no trace, the log,
+# checkpoints, and the loop.
 
-World = collections.namedtuple("World", "rank size device")  # this process among the others, and its device
+
+class World(NamedTuple):
+    """This process among the others, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
 
 
 def find_world() -> World:
     """This process's place in what torchrun describes in the environment, and its device."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return World(rank, size, torch.device("cuda", torch.cuda.current_device()))
@@ -1276,47 +2293,76 @@ def find_world() -> World:
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
+    """Of weights and activations: bfloat16 where the hardware has it, unless the settings say."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
-    cpu_has_it = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_it
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 
+def choose_kernels(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run: on CUDA, in bfloat16, unless the settings say no."""
+    able = triton is not None and device.type == "cuda" and dtype == torch.bfloat16
+    return settings.kernels and able
+
+
 def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether training has products in 8 bits: from compute capability 8.9 on, for sizes in multiples of 16."""
-    sizes = [settings.model.dim, *(stage.batch_tokens // settings.slices for stage in settings.all_stages)]
-    able = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 9)
-    return settings.fp8 and able and math.gcd(*sizes) % 16 == 0
+    """Whether training has products in 8 bits: with the kernels, from compute capability 8.9 on.
+
+    All sizes must be multiples of 16.
+    """
+    if not settings.fp8 or not choose_kernels(settings, device, dtype):
+        return False
+    sizes = [settings.model.dim]
+    for stage in settings.all_stages:
+        sizes.append(stage.batch_tokens // settings.slices)
+    return torch.cuda.get_device_capability(device) >= (8, 9) and math.gcd(*sizes) % 16 == 0
 
 
 def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
-    """Meets the other ranks; returns the model, what computes its objective, and the optimizer, the same on all."""
-    cuda, dtype = world.device.type == "cuda", choose_dtype(settings, world.device)
+    """Meets the other ranks; returns model, training objective and optimizer, the same on all.
+
+    The objective is the model's `forward`. On CUDA it is compiled as one graph, which takes in the
+    regions; validation, and the CPU, compile each region alone.
+    """
+    device = world.device
+    on_cuda = device.type == "cuda"
+    dtype = choose_dtype(settings, device)
     torch.manual_seed(settings.seed)
-    model = GPT(settings.model, dtype, world.size, choose_fp8(settings, world.device, dtype)).to(world.device)
+    model = GPT(
+        settings.model, dtype, shards=world.size,
+        kernels=choose_kernels(settings, device, dtype),
+        fp8=choose_fp8(settings, device, dtype),
+    ).to(device)
     if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=world.device if cuda else None)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, device_id=device if on_cuda else None)
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, src=0)
-    # On CUDA the training pass is one graph, which takes in the regions; validation, and the CPU, compile each alone.
-    objective = torch.compile(model, dynamic=False, fullgraph=True) if cuda else model
+    objective = model
+    if on_cuda:
+        objective = torch.compile(model, dynamic=False, fullgraph=True)
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
 def compile_or_not(wanted: bool) -> str:
-    """Turns torch.compile off if it is not wanted, or if an addition does not compile; returns words for the log."""
+    """Turns torch.compile off if it is not wanted, or does not work; returns words for the log."""
     if wanted:
         with contextlib.suppress(Exception):
             torch.compile(lambda x: x + 1)(torch.zeros(16))
             return "compiling"
     torch.compiler.set_stance("force_eager")
-    return "uncompiled, as no working C++ compiler was found," if wanted else "uncompiled"
+    if wanted:
+        return "uncompiled, as no working C++ compiler was found,"
+    return "uncompiled"
 
 
 def mark(device: torch.device):
-    """A point in the device's work, for `elapsed`: the clock of a run is the time between two of them."""
+    """A point in the device's work, for `elapsed`. Nothing waits for it."""
     if device.type != "cuda":
         return time.perf_counter()
     return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
@@ -1330,35 +2376,73 @@ def elapsed(begin, end) -> float:
     return begin.elapsed_time(end)
 
 
+class Clock:
+    """The training time in milliseconds; it stands still during validation and checkpoints."""
+
+    def __init__(self, device: torch.device, milliseconds: float = 0.0):
+        self.device = device
+        self.milliseconds = milliseconds
+        self.begin = None
+
+    def start(self) -> None:
+        self.begin = mark(self.device)
+
+    def stop(self) -> None:
+        self.milliseconds = self.at(mark(self.device))
+
+    def at(self, point) -> float:
+        """The time at a mark that was made since the last start; waits for the device."""
+        return self.milliseconds + elapsed(self.begin, point)
+
+
 def flops_per_token(config: ModelConfig, stage: Stage) -> int:
-    """The arithmetic of a training token: 6 for a matrix parameter, 12 for a channel and key of attention."""
-    windows = [stage.windows[row.window == "long"] for row in config.rows if row.attention]
-    matrices = config.dim * (config.padded_vocab + 8 * config.dim * len(config.rows) + 4 * config.dim * len(windows))
-    return 6 * matrices + 12 * config.dim * sum(windows)
+    """FLOPs of a training token: 6 a matrix parameter, and 12 a channel and key of attention."""
+    attending = config.layers_with("attention")
+    matrices = config.dim * config.padded_vocab
+    matrices += 8 * config.dim**2 * len(config.layers)
+    matrices += 4 * config.dim**2 * len(attending)
+    keys = 0
+    for layer in attending:
+        short, long = stage.windows
+        keys += long if config.rows[layer].window == "long" else short
+    return 6 * matrices + 12 * config.dim * keys
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The arithmetic that the device really does, in FLOP/s: the best of some large matrix products."""
+    """The FLOP/s that the device really reaches, by the best of some large matmuls."""
     size = 8192 if device.type == "cuda" else 1024
-    # As good as random numbers, on which a GPU's speed depends, and the run's own random state stays as it is.
-    a = torch.arange(size**2, dtype=torch.float32, device=device).sin().view(size, size).to(dtype)
+    # As good as random numbers (a GPU's speed depends on them), without using up any of the run's.
+    a = torch.arange(size**2, dtype=torch.float32, device=device).sin()
+    a = a.view(size, size).to(dtype)
     out = torch.empty_like(a)
-    runs = [(mark(device), torch.mm(a, a, out=out), mark(device)) for _ in range(6)]
-    return 2 * size**3 / min(elapsed(begin, end) for begin, _, end in runs) * 1000
+    marks = [mark(device)]
+    for _ in range(6):
+        torch.mm(a, a, out=out)
+        marks.append(mark(device))
+    best = min(elapsed(begin, end) for begin, end in itertools.pairwise(marks))
+    return 2 * size**3 / best * 1000
 
 
-def train_step(objective, tokens: Tensor, context: Context, slices: int) -> Tensor:
-    """Adds up the gradients of this rank's slices (n, length + 1); returns the part of the batch's loss, detached."""
+def train_step(objective: Callable, tokens: Tensor, context: Context, slices: int) -> Tensor:
+    """Adds up the gradients of this rank's slices (n, length + 1), one microbatch after another.
+
+    Returns its part of the batch's mean loss, detached. A slice's loss is a sum over its tokens;
+    slices are averaged here, and ranks by the optimizer.
+    """
     total = torch.zeros((), device=tokens.device)
     for row in tokens:
-        loss = objective(row[:-1], row[1:].long(), context)
-        (loss / len(tokens)).backward()  # a sum over a slice's tokens; a rank's slices are averaged, as are the ranks
+        inputs, targets = row[:-1], row[1:].long()
+        loss = objective(inputs, targets, context)
+        (loss / len(tokens)).backward()
         total += loss.detach()
     return total / (slices * (tokens.size(1) - 1))
 
 
 def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
-    """A batch's loss and the wishes to stop, summed over ranks, which so stop together; on the way to the CPU."""
+    """A batch's loss, and how many ranks wish to stop: summed over ranks, on the way to the CPU.
+
+    The wishes travel with the losses so that all ranks stop after the same step.
+    """
     pair = torch.stack((part, torch.full_like(part, stop)))
     if world.size > 1:
         dist.all_reduce(pair)
@@ -1366,37 +2450,54 @@ def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
 
 
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
-    """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared out over ranks."""
+    """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared by ranks."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for tokens in sequences[world.rank :: world.size].to(world.device):
-        total += model.evaluate(tokens[:-1], tokens[1:].long(), context).sum(dtype=torch.float64)
+        losses = model.evaluate(tokens[:-1], tokens[1:].long(), context)
+        total += losses.sum(dtype=torch.float64)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
 
 
-def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, world: World) -> None:
-    """Runs every graph that training will need, on tokens made up, then puts model and optimizer back as they were."""
-    tensors = [*model.parameters(), *(value for each in optimizer.state.values() for value in each.values())]
+def warm_up(
+    settings: Settings, model: GPT, objective: Callable, optimizer: Optimizer, world: World
+) -> None:
+    """Runs all that training will run, on made-up tokens, so that it is compiled before the clock.
+
+    Then it puts model and optimizer back as they were.
+    """
+    tensors = list(model.parameters())
+    for state in optimizer.state.values():
+        tensors += state.values()
     before = [(tensor.detach().to("cpu", copy=True), tensor.grad) for tensor in tensors]
     counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
     model.zero_grad()
-    shapes = {(stage.batch_tokens // settings.slices, stage.windows): stage for stage in settings.all_stages}
+
+    shapes = {}
+    for stage in settings.all_stages:
+        shapes[stage.batch_tokens // settings.slices, stage.windows] = stage
     longest = max(settings.val_seq_len, *(length for length, _ in shapes))
-    made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None] % settings.model.vocab_size
-    mtp = torch.tensor(schedule(settings, 0).mtp, device=world.device)
-    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=world.rank > 0 or None):
-        context = make_context(settings.model, length, windows, model.embed)._replace(mtp=mtp)
+    made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None]
+    made_up = made_up % settings.model.vocab_size
+    start = schedule(settings, 0)
+    mtp = torch.tensor(start.mtp, device=world.device)
+    hidden = True if world.rank > 0 else None  # None: shown on a terminal
+    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=hidden):
+        context = make_context(settings.model, length, windows, model.embed)
+        context = context._replace(mtp=mtp)
         tokens = made_up[:, : length + 1]
-        for adam in (False, True, True):  # the last has embed's own update, where the one before untied it
+        # The last of the three has embed's own update, where the one before has untied it.
+        for adam in (False, True, True):
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
-            optimizer.step(schedule(settings, 0)._replace(stage=stage, adam=adam))
+            optimizer.step(start._replace(stage=stage, adam=adam))
     final = schedule(settings, settings.total_steps).stage
+    sequences = made_up[:, : settings.val_seq_len + 1].expand(world.size, -1)
     for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
-        validate(model, made_up[:, : settings.val_seq_len + 1].expand(world.size, -1), context, world)
+        validate(model, sequences, context, world)
 
     for tensor, (value, grad) in zip(tensors, before):
         tensor.data.copy_(value)
@@ -1405,45 +2506,87 @@ def warm_up(settings: Settings, model: GPT, objective, optimizer: Optimizer, wor
 
 
 def output_of(*command: str) -> str:
-    """What a program prints, started where this file lies; `none` if there is no such program, or it fails."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    return "none"
+    """What a program prints, started where this file lies; "none" if it is not there or fails."""
+    folder = Path(__file__).parent
+    try:
+        output = subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return output.strip()
 
 
 def hardware_name(world: World) -> str:
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""  # Linux has it
-    models = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux has it
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> str:
-    """Source, environment, settings and data, so that the log alone says what was run."""
-    rule, source = "=" * 100, Path(__file__).read_bytes()
-    smi = [output_of("nvidia-smi")] if world.device.type == "cuda" else []
-    git = output_of(*"git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty".split())
-    lines = [rule, f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}"]
-    lines += [f"python: {platform.python_version()}", f"pytorch: {torch.__version__}"]
-    lines += [f"cuda: {torch.version.cuda or 'none'}", f"triton: {triton.__version__ if triton else 'none'}"]
-    lines += [f"hardware: {hardware_name(world)}", *smi, f"world size: {world.size}"]
-    lines += [f"git: {git.replace('-', ' ')}", f"settings: {json.dumps(asdict(settings))}"]
-    lines += [f"data: {part} {path} {n:,} tokens" for part, sizes in files.items() for path, n in sizes.items()]
-    return "\n".join((source.decode().removesuffix("\n"), *lines, rule))
+    """Source, environment, settings and data: the log alone says what was run.
+
+    `files` has the tokens of each shard of "train" and "val".
+    """
+    rule = "=" * 100
+    source = Path(__file__).read_bytes()
+    describe = "git --no-optional-locks describe --always --exclude=* --abbrev=40 --dirty"
+    commit = output_of(*describe.split()).replace("-", " ")
+    lines = [
+        source.decode().removesuffix("\n"),
+        rule,
+        f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
+        f"python: {platform.python_version()}",
+        f"pytorch: {torch.__version__}",
+        f"cuda: {torch.version.cuda or 'none'}",
+        f"triton: {triton.__version__ if triton else 'none'}",
+        f"hardware: {hardware_name(world)}",
+    ]
+    if world.device.type == "cuda":
+        lines.append(output_of("nvidia-smi"))
+    lines += [
+        f"world size: {world.size}",
+        f"git: {commit}",
+        f"settings: {json.dumps(asdict(settings))}",
+    ]
+    for part, sizes in files.items():
+        for path, tokens in sizes.items():
+            lines.append(f"data: {part} {path} {tokens:,} tokens")
+    lines.append(rule)
+    return "\n".join(lines)
 
 
 class Log:
-    """The run's record `logs/<run id>.txt`, its lines on the screen, and --wandb's mirror; only rank 0 has them."""
+    """The run's record `logs/<run id>.txt`, its lines on the screen, and --wandb's mirror.
+
+    Only rank 0 has them.
+    """
 
     def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
-        name = settings.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{os.urandom(2).hex()}"
-        self.path, self.total = Path("logs") / f"{name}.txt", settings.total_steps
-        self.file = self.wandb = None
+        name = settings.run_id
+        if not name:
+            now = time.strftime("%Y%m%d-%H%M%S")
+            name = f"{now}-{settings.preset}-{os.urandom(2).hex()}"
+        self.path = Path("logs") / f"{name}.txt"
+        self.total = settings.total_steps
         self.terminal = world.rank == 0 and sys.stdout.isatty()
+        self.file = None
+        self.wandb = None
         if world.rank > 0:
             return
-        header = log_header(settings, world, files)
+        self.open(log_header(settings, world, files))
+        if settings.wandb:
+            wandb = importlib.import_module("wandb")
+            self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
+        self.line(f"log: {self.path}", file=False)
+
+    def open(self, header: str) -> None:
+        """Begins the file, with its header; UserError if it is there already or cannot be written."""
         try:
             self.path.parent.mkdir(exist_ok=True)
             self.file = open(self.path, "x", encoding="utf-8")
@@ -1451,52 +2594,69 @@ class Log:
         except OSError as error:
             if self.file:
                 self.path.unlink()  # a log is whole, or not there
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; choose another --run-id") from None
-        if settings.wandb:
-            wandb = importlib.import_module("wandb")
-            self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
-        self.line(f"log: {self.path}", file=False)
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; choose another --run-id"
+            ) from None
 
     def line(self, text: str, file: bool = True, screen: bool = True) -> None:
-        """Writes a line into the file and onto the screen, above the status line."""
-        try:
-            if self.file and file:
+        """Writes a line into the file, and onto the screen, above the status line."""
+        if self.file is None:
+            return
+        if file:
+            try:
                 print(text, file=self.file, flush=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        if self.file and screen:
-            tqdm.write(text) if self.terminal else print(text, flush=True)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        if screen and self.terminal:
+            tqdm.write(text)
+        elif screen:
+            print(text, flush=True)
 
     def loss(self, step: int, kind: str, loss: float, milliseconds: float) -> None:
-        """A step's train_loss or val_loss, and the training time up to there; UserError if it is not finite."""
+        """A step's train_loss or val_loss, and the training time; UserError if it is not finite."""
         if not math.isfinite(loss):
             self.line(f"loss is not finite: step {step}")
             raise UserError(f"the loss of step {step} is {loss}; the run was stopped", status=3)
         average = milliseconds / max(step, 1)
         if self.wandb:
-            self.wandb.log({kind: loss, "train_time": milliseconds / 1000, "step_avg": average}, step=step)
-        text = f"step:{step}/{self.total} {kind}:{loss:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
-        self.line(text, screen=kind == "val_loss" or not self.terminal)  # a terminal has the status line instead
+            numbers = {kind: loss, "train_time": milliseconds / 1000, "step_avg": average}
+            self.wandb.log(numbers, step=step)
+        text = (
+            f"step:{step}/{self.total} {kind}:{loss:.4f} "
+            f"train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        )
+        # On a terminal the status line has the training losses.
+        self.line(text, screen=kind == "val_loss" or not self.terminal)
 
 
 def peak_memory(device: torch.device) -> str:
     """The log's last line. On the CPU both numbers are the process's largest resident set."""
     if device.type == "cuda":
-        sizes = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
     else:
         import resource  # not on Windows
 
-        sizes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10),) * 2
-    return "peak memory allocated: {} MiB reserved: {} MiB".format(*(size >> 20 for size in sizes))
+        unit = 1 if sys.platform == "darwin" else 1024
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 
-def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer) -> None:
-    """Writes `logs/<run id>_step000010.pt`, whole or not at all; a disk that is full does not end the run."""
-    state = {"optimizer": optimizer.state_dict()}  # on all ranks, since each has a part
-    if not log.file:
+def save_checkpoint(
+    log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer: Optimizer
+) -> None:
+    """Writes `logs/<run id>_step000010.pt`, whole or not at all; a full disk does not end the run."""
+    optimizer_state = optimizer.state_dict()  # on all ranks, since each has a part
+    if log.file is None:
         return
-    state |= {"settings": asdict(settings), "step": step, "train_time_ms": milliseconds, "rng": torch.get_rng_state()}
-    state["model"] = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    state = {
+        "settings": asdict(settings),
+        "step": step,
+        "train_time_ms": milliseconds,
+        "rng": torch.get_rng_state(),
+        "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
+        "optimizer": optimizer_state,
+    }
     path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
     unfinished = path.with_suffix(".tmp")
     try:
@@ -1508,34 +2668,48 @@ def save_checkpoint(log: Log, settings: Settings, step: int, milliseconds: float
         log.line(f"checkpoint: {path}")
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
         unfinished.unlink(missing_ok=True)
-        log.line(f"checkpoint not written: {path}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or error
+        log.line(f"checkpoint not written: {path}: {reason}")
 
 
 def load_checkpoint(path: str) -> dict:
-    """What `save_checkpoint` has saved, on the CPU, with `settings` a `Settings`; UserError if it is damaged."""
+    """What `save_checkpoint` wrote, on the CPU, its settings as `Settings`; UserError if damaged."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # PyTorch does not look at the checksums
             raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]  # as `asdict` makes it
-        model = ModelConfig(**{**saved["model"], "layers": tuple(Layer(**row) for row in saved["model"]["layers"])})
-        stages = {"stages": tuple(Stage(**row) for row in saved["stages"]), "extension": Stage(**saved["extension"])}
-        return {**state, "settings": Settings(**{**saved, "model": model, **stages})}
+        # Of `asdict`: back from dictionaries.
+        saved = state["settings"]
+        layers = tuple(Layer(**row) for row in saved["model"]["layers"])
+        stages = tuple(Stage(**row) for row in saved["stages"])
+        saved["model"] = ModelConfig(**{**saved["model"], "layers": layers})
+        saved["stages"] = stages
+        saved["extension"] = Stage(**saved["extension"])
+        state["settings"] = Settings(**saved)
+        return state
     except Exception as error:
-        damaged = "damaged, or no checkpoint of this train_gpt.py; use another"
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or damaged}") from None
+        reason = getattr(error, "strerror", None)
+        reason = reason or "damaged, or not a checkpoint of this train_gpt.py; use another"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, float]:
-    """Puts a checkpoint into model and optimizer; its step and its time, ms. UserError if it is another model's."""
-    state = load_checkpoint(settings.resume)
+    """Puts a checkpoint into model and optimizer; returns its step, and its training time in ms.
+
+    UserError if it is another model's.
+    """
+    path = settings.resume
+    state = load_checkpoint(path)
     step, saved = state["step"], state["settings"]
-    theirs = {**vars(saved.model), "muon": saved.muon, "dtype": state["model"]["embed"].dtype}
-    for name, ours in {**vars(settings.model), "muon": settings.muon, "dtype": model.embed.dtype}.items():
-        if theirs[name] != ours:
-            raise UserError(f"{settings.resume}: another model: its {name} is {theirs[name]}, this run's is {ours}")
+    theirs = vars(saved.model) | {"muon": saved.muon, "dtype": state["model"]["embed"].dtype}
+    ours = vars(settings.model) | {"muon": settings.muon, "dtype": model.embed.dtype}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"{path}: another model: its {name} is {theirs[name]}, this run's is {value}"
+            )
     if step > settings.total_steps:
-        raise UserError(f"{settings.resume}: step {step} is past the end of {settings.total_steps} steps")
+        raise UserError(f"{path}: step {step} is past the end of {settings.total_steps} steps")
     for name, p in model.named_parameters():
         p.data.copy_(resize(state["model"][name], len(p)))
     optimizer.load_state_dict(state["optimizer"])
@@ -1544,46 +2718,113 @@ def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, f
 
 
 def complain(error: UserError) -> int:
-    """The one line on stderr that says why a run ends, from rank 0; returns the exit status."""
+    """Prints the one line on stderr that says why a run ends, on rank 0; returns the exit status."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
     return error.status
 
 
 def catch_signals(caught: list[UserError] | None = None) -> None:
-    """SIGINT and SIGTERM end the process at once; where a list is given, the first is only put there."""
+    """SIGINT and SIGTERM end the process at once.
+
+    Where a list is given, the first one is only put there, for the loop to find.
+    """
 
     def stop(signum: int, frame) -> None:
-        error = UserError(f"stopped by {signal.Signals(signum).name}", status=128 + signum)
-        if caught == []:
+        name = signal.Signals(signum).name
+        error = UserError(f"stopped by {name}", status=128 + signum)
+        if caught is not None and not caught:
             caught.append(error)
-        else:  # an exception would not do: raised inside a compiler or a destructor, it may be swallowed
+        else:
+            # Not an exception: raised inside a compiler or a destructor, it may be swallowed.
             os._exit(complain(error))
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+class Losses:
+    """Training losses on their way from the device to the log and the status line.
+
+    A loss is read some steps after it was launched, when it has long arrived, so that no step waits
+    for the device. MFU is the share of the FLOP/s that a large matmul reaches on this hardware.
+    """
+
+    def __init__(self, settings: Settings, log: Log, bar: tqdm, clock: Clock, peak: float):
+        self.log, self.bar, self.clock, self.peak = log, bar, clock, peak
+        self.pending = deque()  # step, loss and wishes on their way, and the mark of the step's end
+        self.tokens = [0]  # tokens and FLOPs up to each step
+        self.flops = [0]
+        for stage in settings.all_stages:
+            flops = stage.batch_tokens * flops_per_token(settings.model, stage)
+            for _ in range(stage.steps):
+                self.tokens.append(self.tokens[-1] + stage.batch_tokens)
+                self.flops.append(self.flops[-1] + flops)
+
+    def launch(self, step: int, pair: Tensor) -> None:
+        """`pair` is a `batch_loss`, of the step that ended with it."""
+        self.pending.append((step, pair, mark(self.clock.device)))
+
+    def report(self, late: int) -> bool:
+        """Logs the losses of all but the last `late` steps; true if a rank wished to stop."""
+        wishes = 0
+        while len(self.pending) > late:
+            step, pair, end = self.pending.popleft()
+            milliseconds = self.clock.at(end)  # waits until the pair is there
+            loss, wishes = pair.tolist()
+            self.log.loss(step, "train_loss", loss, milliseconds)
+            speed = self.tokens[step] / milliseconds * 1000
+            mfu = self.flops[step] / milliseconds * 1000 / self.peak
+            status = f"loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}"
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update()
+        return wishes > 0
+
+
+@dataclass
+class Run:
+    """What a run is made of once it is set up."""
+
+    settings: Settings
+    world: World
+    log: Log
+    model: GPT
+    objective: Callable  # `model`, compiled on CUDA
+    optimizer: Optimizer
+    plan: list[Batch]
+    sequences: Tensor  # of validation
 
 
 def train(settings: Settings, world: World) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
-    plan, train_sizes = plan_batches(settings, find_shards(settings.train_files, settings.preset))
+    train_paths = find_shards(settings.train_files, settings.preset)
+    plan, train_sizes = plan_batches(settings, train_paths)
     sequences, val_sizes = validation_sequences(settings)
     model, objective, optimizer = build(settings, world)
-    first, milliseconds = resume(settings, model, optimizer) if settings.resume else (0, 0.0)
+    first, milliseconds = 0, 0.0
+    if settings.resume:
+        first, milliseconds = resume(settings, model, optimizer)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
+    run = Run(settings, world, log, model, objective, optimizer, plan, sequences)
     try:
         how = compile_or_not(settings.compile)
-        log.line(f"warm-up: {how} for {model.embed.dtype} on {world.device.type}", file=False)
+        where = f"{model.embed.dtype} on {world.device.type}"
+        log.line(f"warm-up: {how} for {where}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
         log.line(f"warm-up took {time.perf_counter() - begin:.0f} s", file=False)
         if settings.resume:
             log.line(f"resumed from {settings.resume} after step {first}")
+        # A collection over all that exists by now would stall a step.
         gc.collect()
-        gc.freeze()  # a collection over all that exists by now would stall a step
-        look = {"bar_format": "{n}/{total} {bar} {elapsed} + {remaining} left{postfix}", "dynamic_ncols": True}
-        with tqdm(total=settings.total_steps, initial=first, disable=not log.terminal, **look) as bar:
-            loop(settings, world, log, bar, model, objective, optimizer, plan, sequences, first, milliseconds)
+        gc.freeze()
+        bar = tqdm(
+            total=settings.total_steps, initial=first, disable=not log.terminal,
+            bar_format="{n}/{total} {bar} {elapsed} + {remaining} left{postfix}",
+            dynamic_ncols=True,
+        )
+        with bar:
+            loop(run, bar, first, Clock(world.device, milliseconds))
         log.line(peak_memory(world.device))
     finally:
         gc.unfreeze()  # what is left at the end would look like a leak to Triton's bindings
@@ -1591,145 +2832,331 @@ def train(settings: Settings, world: World) -> None:
             log.wandb.finish()
 
 
-def loop(settings, world, log, bar, model, objective, optimizer, plan, sequences, first, milliseconds) -> None:
+def should_validate(settings: Settings, step: int, first: int) -> bool:
+    """At the start, at the end, and every `val_every` steps; not again where a run resumes."""
+    if step in (0, settings.total_steps):
+        return True
+    return step > first and step % settings.val_every == 0
+
+
+def should_save(settings: Settings, step: int, first: int, stopping: bool) -> bool:
+    """Every `checkpoint_every` steps, with `checkpoint_last` at the end, with either when stopped."""
+    if settings.checkpoint_last and (stopping or step == settings.total_steps):
+        return True
+    if settings.checkpoint_every == 0 or step == first:
+        return False
+    return stopping or step % settings.checkpoint_every == 0
+
+
+def batches_for(run: Run, first: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """This rank's tokens of every step, made ahead of time; with those that a sparse exchange needs."""
+    settings, world = run.settings, run.world
+    own = settings.slices // world.size
+    slices = range(world.rank * own, (world.rank + 1) * own)
+
+    def prepared():
+        for tokens in training_batches(run.plan[first:], settings.model, slices):
+            rows = []
+            if run.optimizer.sparse:
+                rows.append(touched_rows(tokens, settings.model))
+            if world.device.type == "cuda":
+                tokens = tokens.pin_memory()
+            yield tokens, rows
+
+    return prefetch(prepared())
+
+
+def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
     """Steps and validations, from step `first` on. Nothing in a step waits for the device."""
-    config, stages, device = settings.model, settings.all_stages, world.device
-    total, own = settings.total_steps, settings.slices // world.size
-    pending = collections.deque()  # step, loss and wishes to stop on their way, and when the step has ended
-    stopping, signals = False, []
+    settings, world, model = run.settings, run.world, run.model
+    config, device = settings.model, world.device
+    total = settings.total_steps
     peak = measure_peak(device, model.embed.dtype) * world.size
-    costs = [(stage.batch_tokens, stage.batch_tokens * flops_per_token(config, stage) / peak) for stage in stages]
-    work = np.repeat(costs, [stage.steps for stage in stages], axis=0).cumsum(0)  # tokens, seconds at the peak
-
-    def report(late: int) -> bool:
-        """Logs the losses of all steps but the `late` last ones; true if a rank wished to stop by then."""
-        wishes = 0
-        while len(pending) > late:
-            step, pair, end = pending.popleft()
-            passed = milliseconds + elapsed(begin, end)  # waits until the pair is there
-            loss, wishes = pair.tolist()
-            log.loss(step, "train_loss", loss, passed)
-            speed, share = work[step - 1] / passed * 1000
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s, {share:.0%} of the floor", refresh=False)
-            bar.update()
-        return wishes > 0
-
-    batches = training_batches(plan[first:], config, range(world.rank * own, (world.rank + 1) * own))
-    batches = ((tokens, [touched_rows(tokens, config)] if optimizer.sparse else []) for tokens in batches)
-    batches = prefetch((tokens.pin_memory() if device.type == "cuda" else tokens, rows) for tokens, rows in batches)
+    losses = Losses(settings, run.log, bar, clock, peak)
+    late = 8 if device.type == "cuda" else 0  # steps after which a loss has long arrived
+    batches = batches_for(run, first)
     hypers = [schedule(settings, step) for step in range(total + 1)]
     mtp = torch.tensor([hyper.mtp for hyper in hypers], device=device)
+    signals = []
+    stopping = False
     catch_signals(signals)
-    begin = mark(device)
-    for step, hyper in enumerate(hypers[first:], first):
-        validates = step in (0, total) or (step > first and step % settings.val_every == 0)
-        saves = step > first and settings.checkpoint_every and (stopping or step % settings.checkpoint_every == 0)
-        saves = saves or settings.checkpoint_last and (stopping or step == total)
+    clock.start()
+    for step in range(first, total + 1):
+        hyper = hypers[step]
+        validates = should_validate(settings, step, first) and not stopping
+        saves = should_save(settings, step, first, stopping)
         if validates or saves or stopping:
-            report(late=0)
-            milliseconds += elapsed(begin, mark(device))
-            if validates and not stopping:
-                windows, rotary = hyper.stage.windows, rotary_state(settings, step)
-                val_context = make_context(config, settings.val_seq_len, windows, model.embed, rotary)
-                log.loss(step, "val_loss", validate(model, sequences, val_context, world), milliseconds)
+            losses.report(late=0)
+            clock.stop()
+            if validates:
+                rotary = rotary_state(settings, step)
+                windows = hyper.stage.windows
+                context = make_context(config, settings.val_seq_len, windows, model.embed, rotary)
+                loss = validate(model, run.sequences, context, world)
+                run.log.loss(step, "val_loss", loss, clock.milliseconds)
             if saves:
-                save_checkpoint(log, settings, step, milliseconds, model, optimizer)
+                save_checkpoint(run.log, settings, step, clock.milliseconds, model, run.optimizer)
             if stopping:
-                log.line(f"stopped by a signal after step {step}")
-                raise signals[0] if signals else UserError("stopped by SIGINT or SIGTERM on another rank", status=143)
-            begin = mark(device)
+                run.log.line(f"stopped by a signal after step {step}")
+                elsewhere = UserError("stopped by SIGINT or SIGTERM on another rank", status=143)
+                raise signals[0] if signals else elsewhere
+            clock.start()
         if step == total:
             break
+
         if step == first or hyper.stage != hypers[step - 1].stage:
             rotary = rotary_state(settings, step)
-            context = make_context(config, plan[step].length, hyper.stage.windows, model.embed, rotary)
-        tokens, rows = next(batches)
-        optimizer.touched += rows
+            length = run.plan[step].length
+            step_context = make_context(config, length, hyper.stage.windows, model.embed, rotary)
+        tokens, touched = next(batches)
+        run.optimizer.touched += touched
         tokens = tokens.to(device, non_blocking=True)
-        loss = train_step(objective, tokens, context._replace(mtp=mtp[step]), settings.slices)
-        optimizer.step(hyper)
-        pending.append((step + 1, batch_loss(loss, bool(signals), world), mark(device)))
-        stopping = report(late=8 if device.type == "cuda" else 0)  # so late a loss has long arrived
+        context = step_context._replace(mtp=mtp[step])
+        loss = train_step(run.objective, tokens, context, settings.slices)
+        run.optimizer.step(hyper)
+        losses.launch(step + 1, batch_loss(loss, bool(signals), world))
+        stopping = losses.report(late)
 
 
-# 9. Command line ======================================================================================================
-# Every scalar of `Settings` and `ModelConfig` is an option; its type, limits, default and help come from there.
+# 9. Command line ==================================================================================
+# Every scalar of `Settings` and `ModelConfig` is an option; its type, limits, default and help come
+# from there. The tables and all numbers are checked before anything is built.
+
+
+def is_whole(number: object, least: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+
+
+def require(holds: bool, where: str, row: Layer | Stage, column: str, allowed: str) -> None:
+    """UserError unless a cell of a table `holds`: it names the row, the column, what is allowed."""
+    if not holds:
+        raise UserError(f"{where}: {column}={getattr(row, column)!r}: {allowed}")
+
+
+def check_layers(layers: tuple[Layer, ...]) -> None:
+    """UserError for the first row of the network's table that cannot work."""
+    if not any(layer.attention for layer in layers):
+        raise UserError("the table of layers: at least one layer must have attention")
+    tables = {layer.value_embeds for layer in layers}
+    mudd_layers = []
+    for number, layer in enumerate(layers):
+        where = f"layer {number}"
+        earlier = f"must be an earlier layer, from 0 to {number - 1}"
+        if number == 0:
+            earlier = "must be an earlier layer, and there is none"
+        for column in ("attention", "paired_heads", "xsa"):
+            is_boolean = isinstance(getattr(layer, column), bool)
+            require(is_boolean, where, layer, column, "must be True or False")
+        known = layer.window in ("short", "long")
+        require(known, where, layer, "window", 'must be "short" or "long"')
+
+        for column in ("skip", "single_input"):
+            source = getattr(layer, column)
+            if source is not None:
+                there = is_whole(source, 0) and source < number
+                require(there, where, layer, column, earlier)
+        if layer.mudd is not None:
+            three = isinstance(layer.mudd, tuple) and len(layer.mudd) == 3
+            require(three, where, layer, "mudd", "must be three earlier layers")
+            there = all(is_whole(source, 0) and source < number for source in layer.mudd)
+            require(there, where, layer, "mudd", f"each {earlier}")
+            mudd_layers.append(number)
+            alone = len(mudd_layers) == 1
+            require(alone, where, layer, "mudd", f"layer {mudd_layers[0]} has it; one can")
+        if layer.value_embeds is not None:
+            whole = is_whole(layer.value_embeds, 0)
+            require(whole, where, layer, "value_embeds", "must be the number of a table, from 0 on")
+            missing = set(range(layer.value_embeds)) - tables
+            text = f"tables are numbered without gaps, and no layer has {min(missing, default=0)}"
+            require(not missing, where, layer, "value_embeds", text)
+
+        if not layer.attention:
+            without = Layer(attention=False)
+            for column in ("window", "paired_heads", "value_embeds", "xsa", "single_input", "mudd"):
+                empty = getattr(layer, column) == getattr(without, column)
+                require(empty, where, layer, column, "is attention's, and the layer has none")
+
+
+def check_stages(settings: Settings) -> None:
+    """UserError for the first row of the schedule's table that cannot work."""
+    next_targets = None
+    tied = True
+    for number, stage in enumerate((*settings.stages, settings.extension), 1):
+        where = f"stage {number}"
+        if stage is settings.extension:
+            where = "extension"
+        for column in ("steps", "batch_tokens", "max_seq_len"):
+            positive = is_whole(getattr(stage, column), 1)
+            require(positive, where, stage, column, "must be a whole number, at least 1")
+        two = isinstance(stage.windows, tuple) and len(stage.windows) == 2
+        two = two and all(is_whole(window, 1) for window in stage.windows)
+        require(two, where, stage, "windows", "must be two whole numbers, at least 1")
+        positive = isinstance(stage.lr, int | float) and 0 < stage.lr < math.inf
+        require(positive, where, stage, "lr", "must be a number above 0")
+
+        start, end = stage.mtp
+        even = len(start) == len(end) > 0
+        require(even, where, stage, "mtp", "start and end must have as many weights")
+        next_targets = next_targets or len(start)
+        text = f"must have {next_targets} weights, like stage 1"
+        require(len(start) == next_targets, where, stage, "mtp", text)
+        first = start[0] > 0 and end[0] > 0
+        require(first, where, stage, "mtp", "the first weight, of the next token, must be above 0")
+        again = stage.tied and not tied
+        require(not again, where, stage, "tied", "an earlier stage has untied embed and lm_head")
+        tied = stage.tied
+
+
+def check_batches(settings: Settings, world_size: int) -> None:
+    """UserError unless the slices divide every batch, and the ranks the slices."""
+    slices = settings.slices
+    batches = sorted({stage.batch_tokens for stage in settings.all_stages})
+    common = math.gcd(*batches)
+    divisors = [number for number in range(1, common + 1) if common % number == 0]
+    if slices in divisors and slices % world_size == 0:
+        return
+    size = min(divisors, key=lambda number: abs(number - world_size))
+    possible = [number for number in divisors if number % size == 0]
+    nearest = sorted(possible, key=lambda number: abs(number - slices))[:2]
+    tokens = ", ".join(f"{batch:,}" for batch in batches)
+    raise UserError(
+        f"batches of {tokens} tokens, {slices} slices and world size {world_size} do not divide; "
+        f"nearest that work with world size {size}: --slices {' or '.join(map(str, nearest))}"
+    )
 
 
 def check_settings(settings: Settings, world_size: int) -> None:
-    """UserError unless batches, widths and sequences divide evenly, and what the settings ask for is possible."""
-    config, slices, tokens, length = settings.model, settings.slices, settings.val_tokens, settings.val_seq_len
+    """UserError unless all that is asked for is possible."""
+    config = settings.model
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
-    batches = sorted({stage.batch_tokens for stage in settings.all_stages})
-    common = math.gcd(*batches)
-    divisors = [n for n in range(1, common + 1) if common % n == 0]
-    size = min(divisors, key=lambda n: abs(n - world_size))
-    near = sorted((n for n in divisors if n % size == 0), key=lambda n: abs(n - slices))[:2]
-    numbers = f"{', '.join(f'{n:,}' for n in batches)} tokens, {slices} slices and world size {world_size}"
-    advice = f"nearest that work with world size {size}: --slices {' or '.join(map(str, near))}"
-    whole = f"nearest that works: --val-tokens {max(tokens // length, 1) * length}"
-    pairs = config.paired_heads or config.head_pairs or config.mudd
-    rules = {
-        f"batches of {numbers} do not divide; {advice}": slices not in divisors or slices % world_size,
-        f"{world_size} processes cannot share --dim {dim} and vocabulary {vocab}": math.gcd(dim, vocab) % world_size,
-        # The gates read twelve channels.
-        f"--dim {dim} must be at least 12, and --heads {heads} times a multiple of 4": dim < 12 or dim % (4 * heads),
-        f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd": pairs and heads % 2,
-        f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}": config.bigram_dim > dim,
-        f"--val-tokens {tokens} is no multiple of --val-seq-len {length}; {whole}": tokens % length,
-        "--wandb needs the package wandb: pip install wandb": settings.wandb and not importlib.util.find_spec("wandb"),
-    }
-    if wrong := [text for text, broken in rules.items() if broken]:
-        raise UserError(wrong[0])
+    check_batches(settings, world_size)
+    if dim % world_size or vocab % world_size:
+        raise UserError(f"{world_size} processes cannot share --dim {dim} and vocabulary {vocab}")
+    if dim < 12:  # the gates read twelve channels
+        raise UserError(f"--dim {dim} must be at least 12")
+    if dim % (4 * heads):
+        raise UserError(f"--dim {dim} must be a multiple of 4 for each of --heads {heads}")
+    if heads % 2 and (config.paired_heads or config.head_pairs or config.mudd):
+        raise UserError(f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd")
+    if config.bigram_dim > dim:
+        raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}")
+    tokens, length = settings.val_tokens, settings.val_seq_len
+    if tokens % length:
+        nearest = max(tokens // length, 1) * length
+        raise UserError(
+            f"--val-tokens {tokens} is not a multiple of --val-seq-len {length}; "
+            f"nearest that works: --val-tokens {nearest}"
+        )
+    if settings.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb needs the package wandb: pip install wandb")
 
 
 def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
-    """Bytes of a process, roughly: weights, gradients, optimizer state, and activations of a slice or of validation."""
+    """Bytes of a process, roughly.
+
+    Weights, gradients, optimizer state, and the activations of a slice or of a validation sequence.
+    """
     config = settings.model
-    weights = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    state = sum(p.numel() * (6 if model.table[name].kind == "bank" else 8) for name, p in model.named_parameters())
+    weights = state = 0
+    for name, p in model.named_parameters():
+        weights += 2 * p.numel() * p.element_size()  # with the gradient
+        state += p.numel() * (6 if model.table[name].kind == "bank" else 8)
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
-    # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the gradient.
+    # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the
+    # gradient.
     training = length * item * (20 * config.dim * len(config.layers) + 3 * config.padded_vocab)
-    validation = settings.val_seq_len * item * 12 * config.dim + VAL_CHUNK * (item + 8) * config.padded_vocab
+    validation = settings.val_seq_len * item * 12 * config.dim
+    validation += VAL_CHUNK * (item + 8) * config.padded_vocab
     return int(weights + state / world_size + max(training, validation))
 
 
 def print_plan(settings: Settings, world: World) -> None:
-    """What --dry-run prints: the run's parameters, tokens, arithmetic, memory, schedule and times."""
-    config, stages, dtype = settings.model, settings.all_stages, choose_dtype(settings, world.device)
+    """What --dry-run prints."""
+    dtype = choose_dtype(settings, world.device)
     with torch.device("meta"):
-        model = GPT(config, dtype)
+        model = GPT(settings.model, dtype)
     steps = f"{settings.total_steps:,} steps of {settings.slices} slices"
     print(f"preset {settings.preset}: {steps}, {dtype}, on {hardware_name(world)}\n")
-
-    columns = "{:16}{:>15}{:>14}  {:28}{:9}{:>6}{:>6}  {}"
-    print(columns.format("parameter", "shape", "count", "start", "optimizer", "lr x", "wd x", "betas"))
-    for name, p in model.named_parameters():
-        row, shape = model.table[name], " x ".join(map(str, p.shape))
-        start = row.start if isinstance(row.start, str) else f"{row.start:.5g}"
-        adam, muon = ("Adam", row.lr, row.wd, row.betas), ("NorMuon", 1, 1, (settings.momentum, settings.muon_beta2))
-        how = muon if settings.muon and row.kind == "bank" else adam
-        print(columns.format(name, shape, f"{p.numel():,}", start, *map(str, how)))
-    size = {name: p.numel() for name, p in model.named_parameters()}
-    active = {"head": size["lm_head"], "MLP": size["mlp_bank"], "attention": size["qk_bank"] + size["vo_bank"]}
-    parts = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in active.items())
-    print(f"{'total':31}{sum(size.values()):>14,}")
-    print(f"active matrix parameters: {sum(active.values()) / 1e6:.1f}M ({parts})\n")
-
-    print("stage      steps     batch  max_seq_len     windows")
-    for name, stage in zip([*range(1, len(stages)), "extension"], stages):
-        windows = "{}, {}".format(*stage.windows)
-        print(f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}{stage.max_seq_len:>13,}{windows:>12}")
-    tokens = [stage.steps * stage.batch_tokens for stage in stages]
-    flops = sum(count * flops_per_token(config, stage) for count, stage in zip(tokens, stages))
-    print(f"training tokens: {sum(tokens) / 1e6:.1f}M; validation tokens: {settings.val_tokens / 1e6:.1f}M")
-    print(f"arithmetic: {flops / sum(tokens) / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
-    print(f"memory: about {estimate_memory(settings, model, world.size) / 2**30:.1f} GiB a process")
+    print_layers(settings.model)
+    print_parameters(settings, model)
+    print_schedule(settings)
+    memory = estimate_memory(settings, model, world.size) / 2**30
+    print(f"memory: about {memory:.1f} GiB a process")
     peak = measure_peak(world.device, dtype) * world.size
-    floor = flops / peak
-    print(f"time: {floor:,.0f} s at the floor ({peak / 1e12:.3g} TFLOP/s measured), {floor / 0.45:,.0f} s at 45 %")
+    fastest = total_flops(settings) / peak
+    print(
+        f"time: {fastest:,.0f} s at an MFU of 100 % of the {peak / 1e12:.3g} TFLOP/s that a large "
+        f"matmul reaches here, {fastest / 0.45:,.0f} s at 45 %"
+    )
+
+
+def print_layers(config: ModelConfig) -> None:
+    """The network's table, as it is built."""
+    names = [column.name for column in fields(Layer)]
+    print("layer  " + "  ".join(names))
+    for number, row in enumerate(config.rows):
+        cells = []
+        for name in names:
+            entry = getattr(row, name)
+            text = str(entry)
+            if entry is None or entry is False:
+                text = "-"
+            elif entry is True:
+                text = "yes"
+            cells.append(text.strip("()").rjust(len(name)))
+        print(f"{number:>5}  " + "  ".join(cells))
+    print()
+
+
+def print_parameters(settings: Settings, model: GPT) -> None:
+    """The table of parameters, with their optimizers; and the sizes of the matrices."""
+    columns = "{:16}{:>15}{:>14}  {:28}{:9}{:>6}{:>6}  {}"
+    print(
+        columns.format("parameter", "shape", "count", "init", "optimizer", "lr x", "wd x", "betas")
+    )
+    sizes = {}
+    for name, p in model.named_parameters():
+        row = model.table[name]
+        sizes[name] = p.numel()
+        optimizer = "Adam", row.lr, row.wd, row.betas
+        if settings.muon and row.kind == "bank":
+            optimizer = "NorMuon", 1, 1, (settings.momentum, settings.muon_beta2)
+        shape = " x ".join(map(str, p.shape))
+        print(columns.format(name, shape, f"{p.numel():,}", row.init.text, *map(str, optimizer)))
+    print(f"{'total':31}{sum(sizes.values()):>14,}")
+    head, in_mlps = sizes["lm_head"] / 1e6, sizes["mlp_bank"] / 1e6
+    in_attention = (sizes["qk_bank"] + sizes["vo_bank"]) / 1e6
+    print(
+        f"active matrix parameters: {head + in_mlps + in_attention:.1f}M "
+        f"(head {head:.1f}M, MLP {in_mlps:.1f}M, attention {in_attention:.1f}M)\n"
+    )
+
+
+def total_flops(settings: Settings) -> int:
+    """FLOPs of all training steps."""
+    total = 0
+    for stage in settings.all_stages:
+        total += stage.steps * stage.batch_tokens * flops_per_token(settings.model, stage)
+    return total
+
+
+def print_schedule(settings: Settings) -> None:
+    """The schedule's table, and what it adds up to."""
+    stages = settings.all_stages
+    print("stage      steps     batch  max_seq_len     windows")
+    for number, stage in enumerate(stages, 1):
+        name = "extension" if number == len(stages) else str(number)
+        short, long = stage.windows
+        print(
+            f"{name:<10}{stage.steps:>6}{stage.batch_tokens:>10,}{stage.max_seq_len:>13,}"
+            f"{f'{short}, {long}':>12}"
+        )
+    tokens = sum(stage.steps * stage.batch_tokens for stage in stages)
+    flops = total_flops(settings)
+    val_tokens = settings.val_tokens
+    print(f"training tokens: {tokens / 1e6:.1f}M; validation tokens: {val_tokens / 1e6:.1f}M")
+    print(f"FLOPs: {flops / tokens / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1741,47 +3168,96 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def convert(f: Field, kind: type, text: str):
+def kind_of(f: Field) -> type:
+    """The type of an option's value: of `int | None`, int."""
+    choices = typing.get_args(f.type)
+    return choices[0] if choices else f.type
+
+
+def convert(f: Field, text: str) -> object:
     """An option's text as a value of the field; UserError if it cannot be one."""
-    low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", 2**31 - 1 if kind is int else math.inf)
+    kind = kind_of(f)
+    low = f.metadata.get("low", -math.inf)
+    high = f.metadata.get("high", 2**31 - 1 if kind is int else math.inf)
     with contextlib.suppress(KeyError, ValueError):
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = kind(text)
         if kind is str or low <= value <= high:
             return value
     wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
-    limits = "".join(f", {words} {n}" for words, n in (("at least", low), ("at most", high)) if math.isfinite(n))
-    raise UserError(f"{option(f.name)} {text}: must be {wanted}{limits}")
+    if math.isfinite(low):
+        wanted += f", at least {low}"
+    if math.isfinite(high):
+        wanted += f", at most {high}"
+    raise UserError(f"{option(f.name)} {text}: must be {wanted}")
+
+
+def add_options(parser: Parser, holder: Settings | ModelConfig, title: str) -> None:
+    """An option for every scalar of the settings or of the model."""
+    group = parser.add_argument_group(title)
+    for f in fields(holder):
+        if "help" not in f.metadata:  # a table
+            continue
+        default = getattr(holder, f.name)
+        text = f.metadata["help"]
+        if default not in (None, ""):
+            text += " (default: %(default)s)"
+        if kind_of(f) is bool:
+            how = {"nargs": "?", "const": True}  # `--compile` alone is true
+        else:
+            how = {"choices": f.metadata.get("choices")}
+        group.add_argument(
+            option(f.name), type=functools.partial(convert, f),
+            metavar=kind_of(f).__name__.upper(), default=default, help=text, **how,
+        )
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings that the command line asks for, and whether it is a --dry-run."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="record", help="the experiment (default: record)")
+    first.add_argument(
+        "--preset", choices=PRESETS, default="record", help="the experiment (default: record)"
+    )
     first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
-    preset = PRESETS[first.parse_known_args(arguments)[0].preset]
+    known, _ = first.parse_known_args(arguments)
+    preset = PRESETS[known.preset]
 
-    usage = "train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE …]"
-    parser = Parser(usage=usage, description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first])
-    for holder, title in ((preset, "run"), (preset.model, "model")):
-        group = parser.add_argument_group(f"{title} (defaults of {preset.preset})")
-        for f in (f for f in fields(holder) if "help" in f.metadata):
-            kind, default = (get_args(f.type) or (f.type,))[0], getattr(holder, f.name)
-            shown = " (default: %(default)s)" if default not in (None, "") else ""
-            how = {"nargs": "?", "const": True} if kind is bool else {"choices": f.metadata.get("choices")}
-            how |= {"metavar": kind.__name__.upper(), "default": default, "help": f.metadata["help"] + shown}
-            group.add_argument(option(f.name), type=functools.partial(convert, f, kind), **how)
+    parser = Parser(
+        usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE …]",
+        description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first],
+    )
+    add_options(parser, preset, f"run (defaults of {preset.preset})")
+    add_options(parser, preset.model, f"model (defaults of {preset.preset})")
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], map(option, vars(parsed)), n=1, cutoff=0.0)
-        raise UserError(f"unknown option {unknown[0]}; the closest that exists is {near[0]} (--help lists all)")
-    values = vars(parsed)
-    own, model = ({name: values[name] for name in values.keys() & vars(of)} for of in (preset, preset.model))
-    settings = replace(preset, **own, model=replace(preset.model, **model))
-    return (with_steps(settings, settings.steps) if settings.steps is not None else settings), parsed.dry_run
+        name = unknown[0].split("=")[0]
+        options = [option(each) for each in vars(parsed)]
+        closest = difflib.get_close_matches(name, options, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown option {unknown[0]}; the closest that exists is {closest} (--help lists all)"
+        )
+
+    run_changes, model_changes = {}, {}
+    for name, value in vars(parsed).items():
+        if hasattr(preset.model, name):
+            model_changes[name] = value
+        elif name != "dry_run":
+            run_changes[name] = value
+    model = replace(preset.model, **model_changes)
+    settings = replace(preset, model=model, **run_changes)
+    check_layers(model.layers)
+    check_stages(settings)
+    if settings.steps is not None:
+        settings = with_steps(settings, settings.steps)
+    return settings, parsed.dry_run
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line. Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal."""
+    """Runs the command line.
+
+    Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal.
+    """
     catch_signals()
     try:
         settings, dry_run = parse_arguments(arguments)
@@ -1792,12 +3268,16 @@ def main(arguments: list[str]) -> int:
         elif world.rank == 0:
             print_plan(settings, world)
         return 0
-    except (UserError, MemoryError, RuntimeError) as error:  # such as want of memory, or a rank that is gone
+    except (UserError, MemoryError, RuntimeError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # torchrun ends all ranks with the first that fails: leaves rank 0 the time to say why
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+            # torchrun ends all ranks with the first one that fails: rank 0 needs time to say why.
+            time.sleep(10)
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if out_of_memory or "DefaultCPUAllocator" in str(error):
             slices = settings.slices
-            error = UserError(f"out of memory with {slices} slices; try --slices {2 * slices}, or a smaller model")
+            error = UserError(
+                f"out of memory with {slices} slices; try --slices {2 * slices}, or a smaller model"
+            )
         if not isinstance(error, UserError):
             raise
         return complain(error)

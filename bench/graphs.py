@@ -67,7 +67,10 @@ def compile_all(target: int, options: list[str], compiled: fake_cuda.Compiled) -
         raise command.UserError(error) from None
     dtype = torch.bfloat16
     with torch.device("meta"):
-        model = train_gpt.GPT(settings.model, dtype, fp8=train_gpt.choose_fp8(settings, torch.device("cuda"), dtype))
+        device = torch.device("cuda")
+        kernels = train_gpt.choose_kernels(settings, device, dtype)
+        fp8 = train_gpt.choose_fp8(settings, device, dtype)
+        model = train_gpt.GPT(settings.model, dtype, kernels=kernels, fp8=fp8)
     print(f"{f'sm_{target}':27}  seconds   Triton  kernels  spill   shared  the longest to compile", flush=True)
     with fake_cuda.tensors():
         for name, part in tqdm(parts(settings, model), "graphs", leave=False, disable=None):

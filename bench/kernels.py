@@ -53,29 +53,29 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
         count, n, inner = x.shape
         yield Case(
             f"symmetric X X^T, {bank} {count} x {n} x {inner}", 80,
-            lambda x: train_gpt.symmetric_product(x), lambda x: x @ x.mT,
+            train_gpt.symmetric_op, lambda x: x @ x.mT,
             (x,), flops=2 * count * n * n * inner,
         )  # fmt: skip
         gram = random(count, n, n, std=n**-0.5)
         yield Case(
             f"symmetric bA + cAA, {bank} {count} x {n} x {n}", 80,
-            lambda a: train_gpt.symmetric_product(a, 0.5, -2.0), lambda a: torch.baddbmm(a, a, a, beta=-2, alpha=0.5),
+            lambda a: train_gpt.symmetric_op(a, 0.5, -2.0), lambda a: torch.baddbmm(a, a, a, beta=-2, alpha=0.5),
             (gram + gram.mT,), flops=2 * count * n**3,
         )  # fmt: skip
 
     x, w, post = random(tokens, DIM), random(4 * DIM, DIM, std=DIM**-0.5), random(tokens, 4 * DIM).square()
     product = 2 * tokens * DIM * 4 * DIM
     yield Case(
-        "MLP forward, bf16", 90, lambda x, w: train_gpt.mlp_op(x, w, None, None, None),
+        "MLP forward, bf16", 90, train_gpt.relu_squared_product,
         lambda x, w: F.relu(x @ w.T).square(), (x, w), flops=product,
     )  # fmt: skip
     yield Case(
-        "MLP backward, bf16", 90, lambda x, w, post: train_gpt.mlp_op(x, w, None, None, post),
+        "MLP backward, bf16", 90, train_gpt.relu_squared_gradient,
         lambda x, w, post: 2 * (x @ w.T) * post.sqrt(), (x, w, post), flops=product,
     )  # fmt: skip
     (x8, w8), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
     yield Case(
-        "MLP forward, FP8", 90, lambda x, w: train_gpt.mlp_op(x, w, *scales, None),
+        "MLP forward, FP8", 90, lambda x, w: train_gpt.relu_squared_product(x, w, *scales),
         lambda x, w: F.relu(dequantized_product(x, w, *scales)).square(), (x8, w8), flops=product,
     )  # fmt: skip
 

@@ -141,7 +141,7 @@ def main() -> None:
     if world.rank == 0:
         print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")
         print(f"first step after {started:.0f} s; large matrix product {peak / 1e12:.3g} TFLOP/s\n")
-        print("| stage | batch, tokens | ms a step | tokens/s | of the floor's speed | peak memory |")
+        print("| stage | batch, tokens | ms a step | tokens/s | MFU, of the measured peak | peak memory |")
         print("|---|---|---|---|---|---|")
         print("\n".join(lines))
         if profiles:

@@ -40,12 +40,14 @@ def load(path: str, device: str = "") -> Checkpoint:
     """The model of a checkpoint of train_gpt.py, on a GPU where there is one; UserError if it cannot be read."""
     state = train_gpt.load_checkpoint(path)
     settings = state["settings"]
-    model = train_gpt.GPT(settings.model, state["model"]["embed"].dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = state["model"]["embed"].dtype
+    kernels = train_gpt.choose_kernels(settings, device, dtype)
+    model = train_gpt.GPT(settings.model, dtype, kernels=kernels)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(train_gpt.resize(state["model"][name], len(p)))
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Checkpoint(settings, state["step"], model, *tokenizer(settings.model))
+    return Checkpoint(settings, state["step"], model.to(device), *tokenizer(settings.model))
 
 
 def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:

@@ -14,7 +14,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from train_gpt import (
     BLOCK,
-    LayerWeights,
     ModelConfig,
     attend,
     banded_mask,
@@ -281,8 +280,8 @@ def norm_and_rotate(x):
     begins = torch.arange(length) == 0
     # Attention's input is the norm of (1, 0, …), (0, 1, 0, …), …, out of which W_qk makes the projections.
     a = torch.eye(length)
-    w = LayerWeights._make([None] * len(LayerWeights._fields))
-    w = w._replace(qk=x.flatten(1).T / length**0.5, v=torch.zeros(heads // 2 * dim, length))
+    w = {"qk": x.flatten(1).T / length**0.5, "v": torch.zeros(heads // 2 * dim, length)}
+    w |= {"value_gates": None, "attention_gates": None}
     q, k, *_ = project(a, None, begins, context[:2], w, heads // 2, offset=False, paired=False)
     return torch.cat((q, k), dim=1)
 

@@ -41,7 +41,7 @@ def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
     pytest.importorskip("triton")
     import kernels
 
-    kept = {name: getattr(train_gpt, name) for name in (*kernels.KERNELS, "has_kernels")}
+    kept = {name: getattr(train_gpt, name) for name in kernels.KERNELS}
     monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (128, 128, 5, 8))
     monkeypatch.setattr(torch.cuda, "get_device_properties", None)
     first = next(kernels.cases("cpu", 16))

@@ -74,7 +74,7 @@ def test_later_token_that_changes_an_earlier_loss_is_caught(caught):
     embedding = "x = F.embedding(inputs, self.embed)"
     cheats = {
         "attention that sees one token ahead": [AHEAD],
-        "smear that leaks": [("take * previous(x, begins)", "take * x.roll(-1, 0)")],
+        "smear that leaks": [("[:, None] * previous(x, begins)", "[:, None] * x.roll(-1, 0)")],
         "key offset that leaks": [("previous(still, begins)", "still.roll(-1, 0)")],
         "multi-token inputs": [(embedding, f"{embedding} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
     }
@@ -94,8 +94,9 @@ def test_later_token_that_changes_an_earlier_loss_in_training_alone_is_caught(ca
 
 
 def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
-    lse, chunk = "weights.sum() * z.logsumexp(-1)", "token_losses(x, self.lm_head, y, one, torch.float32)"
-    stream = "self.stream(inputs, context).split(VAL_CHUNK)"
+    lse = "weights.sum() * z.logsumexp(-1)"
+    chunk = "token_losses(rows, self.lm_head, row_targets, weight, torch.float32)"
+    stream = "self.stream(inputs, context)\n        weight"
     cheats = {
         "a head without the normalizer": [(lse, "weights.sum() * 20")],
         "a softmax over a part of the vocabulary": [(lse, "weights.sum() * z[:, 1:].logsumexp(-1)")],
@@ -110,7 +111,7 @@ def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
 
 
 def test_token_that_reaches_another_document_is_caught(caught):
-    same = "docs[:, size:, None] == docs"
+    same = "docs_of_queries[:, :, None] == docs"
     docs, embedding = "(inputs == config.bos_id).cumsum(0)", "x = F.embedding(inputs, self.embed)"
     cheats = {
         "a mask that lets neighbours mix": [(same, same.replace("==", "- 1 <="))],
@@ -172,7 +173,7 @@ def test_warm_up_that_leaves_a_trace_is_caught(caught):
 def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_runs(caught, tmp_path):
     """Set for good or for a moment, in plain words or not; each is named with its line where there is one."""
     edits = {
-        "__defaults__), dynamic=False)": "__defaults__), dynamic=False, mode='max-autotune')",
+        "compile(copy, dynamic=False)": "compile(copy, dynamic=False, mode='max-autotune')",
         "E4M3_MAX = 448": "E4M3_MAX = 448\ntorch._inductor.config.max_fusion_size = 128",
         "for adam in (False, True, True):": (
             "with vars(torch)['_in' 'ductor'].config.patch(shape_padding=False): pass\n"

@@ -925,7 +925,7 @@ def test_terminal_shows_one_status_line_and_the_log_is_the_same(small, tmp_path)
     assert len(states) >= 4
     for state in states[1:]:
         step = re.search(r"\b(\d)/8\b", state)[1]
-        shown = re.search(r"loss (\d+\.\d{4}).* [\d,]+ tokens/s.* \d+ ?% of the floor", state)
+        shown = re.search(r"loss (\d+\.\d{4}).* [\d,]+ tokens/s.* MFU \d+ ?%", state)
         left = re.search(r"\d\d:\d\d left", state)
         assert shown and left, state
         assert f"step:{step}/8 train_loss:{shown[1]} " in only_log(tmp_path).read_text()
@@ -1017,7 +1017,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path)
     counts = [int(count.replace(",", "")) for _, _, count in rows]
     assert counts == [int(np.prod([int(n) for n in shape.split(" x ")])) for _, shape, _ in rows]
     assert f"{sum(counts):,}" == re.search(r"^total +([\d,]+)$", result.stdout, re.MULTILINE)[1]
-    for words in ("GFLOP a token", "GiB", "s at the floor", "s at 45 %"):
+    for words in ("GFLOP a token", "GiB", "at an MFU of 100 %", "s at 45 %"):
         assert words in result.stdout
     for stage in (*program.PRESETS[preset].stages, program.PRESETS[preset].extension):
         short, long = stage.windows

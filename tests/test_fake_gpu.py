@@ -52,8 +52,9 @@ settings = train_gpt.PRESETS["tiny"]
 world = train_gpt.World(0, 1, torch.device("cuda", 0))
 dtype = train_gpt.choose_dtype(settings, world.device)
 with fake_cuda.tensors():
+    kernels = train_gpt.choose_kernels(settings, world.device, dtype)
     fp8 = train_gpt.choose_fp8(settings, world.device, dtype)
-    model = fake_cuda.place(train_gpt.GPT(settings.model, dtype, fp8=fp8))
+    model = fake_cuda.place(train_gpt.GPT(settings.model, dtype, kernels=kernels, fp8=fp8))
     optimizer = train_gpt.Optimizer(model, settings)
     tied = []
     for step in 0, 241:
@@ -66,7 +67,7 @@ with fake_cuda.tensors():
         optimizer.step(hyper)
         train_gpt.batch_loss(loss, False, world), train_gpt.mark(world.device)
         tied.append(optimizer.tied)
-    print(model.fp8, loss.device, loss.dtype, tied)
+    print(model.kernels, model.fp8, loss.device, loss.dtype, tied)
     print(*to_cpu)
     windows = train_gpt.schedule(settings, settings.total_steps).stage.windows
     context = train_gpt.make_context(settings.model, 16384, windows, model.embed)
@@ -84,7 +85,7 @@ def test_a_step_on_a_gpu_is_all_on_the_gpu_and_waits_for_nothing():
     run = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     steps, waits, validation = run.stdout.splitlines()
-    assert steps == "True cuda:0 torch.float32 [True, False]"
+    assert steps == "True True cuda:0 torch.float32 [True, False]"
     copies = ["aten._to_copy.default goes on", "prims.device_put.default goes on"]  # of the loss, and of nothing else
     assert sorted(re.findall(r"\S+ (?:goes on|waits)", waits)) == copies
     assert validation == "cuda:0 torch.float32 (16384,)"

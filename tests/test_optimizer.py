@@ -195,7 +195,7 @@ def test_float32_is_split_into_its_truncated_upper_half_and_the_rest_and_comes_b
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 def test_bfloat16_weights_with_their_lost_bits_move_like_float32_ones_bit_for_bit_over_1000_steps(shape, monkeypatch):
     # The precision of Polar Express follows the weights'; here it is float32 for both, so that both get the same u.
-    monkeypatch.setattr(program, "polar_express", lambda u, dtype: polar_express(u, torch.float32))
+    monkeypatch.setattr(program, "polar_express", lambda u, dtype, kernels: polar_express(u, torch.float32, kernels))
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(2, *shape, generator=generator)
     top, low = split_float32(exact)

@@ -22,12 +22,8 @@ rank, size = dist.get_rank(), dist.get_world_size()
 
 def reduced(optimizer, grad):
     # This rank's part of the mean, as it comes to the update.
-    parts = []
     optimizer.params["bigram_table"].grad = grad.clone()
-    optimizer.update = lambda name, part, hyper: parts.append(part)
-    for work in optimizer.step_of("bigram_table", None):
-        work.wait()
-    return parts[0]
+    return optimizer.finish_reduction(optimizer.launch_reduction("bigram_table"))
 
 for dtype in (torch.float32, torch.bfloat16):
     config = replace(t.PRESETS["tiny"].model, dim=32, heads=4, bigram_dim=8)

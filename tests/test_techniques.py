@@ -15,7 +15,7 @@ from train_gpt import (
     GPT,
     PRESETS,
     Layer,
-    LayerWeights,
+    Mix,
     ModelConfig,
     Optimizer,
     add_attention,
@@ -138,7 +138,7 @@ def one_layer(layer, **switches):
 # Shape, start, optimizer, learning rate x, weight decay x, betas.
 PARAMETERS = {
     "lm_head": ("768 x 50304", "normal 0.005", "Adam", 1, 150, "(0.5, 0.95)"),
-    "embed": ("50304 x 768", "lm_head^T", "Adam", 1, 150, "(0.5, 0.95)"),
+    "embed": ("50304 x 768", "lm_head transposed", "Adam", 1, 150, "(0.5, 0.95)"),
     "value_embeds": ("251520 x 768", "normal 0.01", "Adam", 75, 5, "(0.75, 0.95)"),  # 5 x 50,304 rows
     "bigram_table": ("754560 x 192", "0", "Adam", 75, 5, "(0.75, 0.95)"),  # 15 x 50,304 rows
     "resid_lambdas": ("11 x 2", "1.0488", "Adam", 5, 0, "(0.9, 0.95)"),  # sqrt(1.1)
@@ -154,12 +154,12 @@ PARAMETERS = {
     "skip_gate": ("12", "0", "Adam", 0.05, 0, "(0.9, 0.99)"),
     "attention_gates": ("10 x 6 x 12", "0", "Adam", 1, 1, "(0.9, 0.99)"),
     "value_gates": ("4 x 6 x 12", "0", "Adam", 1, 1, "(0.9, 0.99)"),  # layers 1, 2, 8, 9
-    "mudd_w1": ("2 x 64 x 768", "kaiming", "Adam", 0.25, 1, "(0.9, 0.99)"),
+    "mudd_w1": ("2 x 64 x 768", "uniform ±0.036084", "Adam", 0.25, 1, "(0.9, 0.99)"),
     "mudd_w2": ("19 x 64", "0", "Adam", 0.25, 1, "(0.9, 0.99)"),  # 14 and 5 coefficients
-    "mudd_bias": ("19", "effective values / 0.1", "Adam", 0.25, 0, "(0.9, 0.99)"),
-    "qk_bank": ("60 x 256 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, "(0.95, 0.9)"),
-    "vo_bank": ("20 x 768 x 768", "uniform 0.5/sqrt(D)", "NorMuon", 1, 1, "(0.95, 0.9)"),
-    "mlp_bank": ("22 x 3072 x 768", "uniform 0.5/sqrt(D), out 0", "NorMuon", 1, 1, "(0.95, 0.9)"),
+    "mudd_bias": ("19", "values at init / 0.1", "Adam", 0.25, 0, "(0.9, 0.99)"),
+    "qk_bank": ("60 x 256 x 768", "uniform ±0.03125", "NorMuon", 1, 1, "(0.95, 0.9)"),
+    "vo_bank": ("20 x 768 x 768", "uniform ±0.03125", "NorMuon", 1, 1, "(0.95, 0.9)"),
+    "mlp_bank": ("22 x 3072 x 768", "uniform ±0.03125, out 0", "NorMuon", 1, 1, "(0.95, 0.9)"),
 }
 
 
@@ -169,7 +169,7 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
     lines = plan.stdout.splitlines()
     header = next(n for n, line in enumerate(lines) if line.startswith("parameter"))
     total = next(n for n, line in enumerate(lines) if line.startswith("total"))
-    columns = ["parameter", "shape", "count", "start", "optimizer", "lr x", "wd x", "betas"]
+    columns = ["parameter", "shape", "count", "init", "optimizer", "lr x", "wd x", "betas"]
     assert re.split(r"\s{2,}", lines[header].strip()) == columns
     listed = {}
     for line in lines[header + 1 : total]:
@@ -420,8 +420,8 @@ def test_smear_and_bigram_look_one_token_back(technique):
 
 def test_xsa_takes_out_the_part_along_the_tokens_own_value():
     y = torch.tensor([[[3.0, 4, 0]]])  # one token, one head
-    w = LayerWeights._make([None] * len(LayerWeights._fields))
-    w = w._replace(alpha=torch.tensor([math.atanh(0.5)]), out=torch.eye(3), mix=(0, 1, 0, 0))
+    w = {"xsa_alphas": torch.tensor([math.atanh(0.5)]), "out": torch.eye(3)}
+    mix = Mix(attn_resid=0, attn_post=1, x0=0, bigram=0, mlp_resid=0, mlp_post=0)
     x = torch.zeros(1, 3)
     for v, expected in (
         ([2.0, 0, 0], [1.5, 4, 0]),  # half of (3, 0, 0)
@@ -431,7 +431,7 @@ def test_xsa_takes_out_the_part_along_the_tokens_own_value():
         ([0.0, 0, 0], [3, 4, 0]),
     ):
         v = torch.tensor([[v]], requires_grad=True)
-        z = add_attention(x, y, v, 1, x, None, w, paired=False)
+        z = add_attention(x, y, v, 1, x, None, w, mix, paired=False)
         assert z.flatten().tolist() == pytest.approx(expected, abs=1e-6)
         assert torch.autograd.grad(z.sum(), v)[0].isfinite().all()
 

@@ -32,7 +32,7 @@ from runs import ROOT, Origin, finished, interval, origin, step_time, train
 SCRIPT = "train_gpt.py"
 OUT = ROOT / "records" / "ablation"  # of preset tiny; others have a folder in it
 BASE = "all"
-NO_TECHNIQUES = ("compile", "muon", "fp8", "sparse_exchange", "checkpoint_last")
+NO_TECHNIQUES = ("compile", "kernels", "muon", "fp8", "sparse_exchange", "checkpoint_last")
 TECHNIQUES = {
     f.name: f.metadata["help"]
     for owner in (train_gpt.ModelConfig, train_gpt.Settings)

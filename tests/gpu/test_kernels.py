@@ -34,7 +34,6 @@ def small_device(monkeypatch):
         yield
         torch.set_default_device(None)
         return
-    monkeypatch.setattr(train_gpt, "has_kernels", lambda x: x.dtype != FLOAT32)
     gpu = SimpleNamespace(major=9, multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(train_gpt, "SYMMETRIC_TILES", (16, 16, 2, 4))
@@ -109,26 +108,25 @@ SIZES = [(1, 16, 16), (2, 33, 50), (3, 50, 33), (2, 1, 7), (1, 97, 16)]
 def test_symmetric_product_equals_float64_and_is_exactly_symmetric(count, rows, cols, transposed):
     a = torch.randn(count, rows, cols).to(BF16)
     a = a.mT.contiguous().mT if transposed else a
-    gram = train_gpt.symmetric_product(a)
+    gram = train_gpt.symmetric_op(a)
     expected = a.double() @ a.double().mT
     torch.testing.assert_close(gram.double(), expected, rtol=2**-8, atol=1e-5)
     assert torch.equal(gram, gram.mT)
-    poly = train_gpt.symmetric_product(gram, alpha=0.5, beta=-2.0)
+    poly = train_gpt.symmetric_op(gram, alpha=0.5, beta=-2.0)
     expected = 0.5 * gram.double() @ gram.double() - 2 * gram.double()
     torch.testing.assert_close(poly.double(), expected, rtol=2**-8, atol=1e-4 * expected.abs().max().item())
     assert torch.equal(poly, poly.mT)
 
 
-def test_symmetric_kernel_in_float32(monkeypatch):
-    monkeypatch.setattr(train_gpt, "has_kernels", lambda x: True)
+def test_symmetric_kernel_in_float32():
     a = torch.randn(2, 33, 50)
-    torch.testing.assert_close(train_gpt.symmetric_product(a), a @ a.mT)
+    torch.testing.assert_close(train_gpt.symmetric_op(a), a @ a.mT)
 
 
 def test_polar_express_with_the_kernels_makes_matrices_as_orthogonal_as_without():
     for shape in (2, 24, 40), (2, 40, 24):
         u = torch.randn(shape)
-        x, plain = train_gpt.polar_express(u, BF16), train_gpt.polar_express(u, FLOAT32)
+        x, plain = train_gpt.polar_express(u, BF16, kernels=True), train_gpt.polar_express(u, FLOAT32)
         torch.testing.assert_close(x.float(), plain, rtol=0, atol=0.03)
 
 
@@ -136,26 +134,26 @@ def test_polar_express_with_the_kernels_makes_matrices_as_orthogonal_as_without(
 @pytest.mark.parametrize("fp8", [False, True])
 def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
     x, w = torch.randn(rows, inner).to(BF16), torch.randn(columns, inner).to(BF16) / inner**0.5
-    scales = (None, None)
+    scales = ()
     if fp8:
         (x, w), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
-    post = train_gpt.mlp_op(x, w, *scales, None)
+    post = train_gpt.relu_squared_product(x, w, *scales)
     product = x.double() @ w.double().T
     if fp8:
         product = product * scales[0] * scales[1]
     torch.testing.assert_close(post.double(), F.relu(product).square(), rtol=2**-7, atol=1e-6)
     if not fp8:
-        grads = train_gpt.mlp_op(x, w, None, None, post)
+        grads = train_gpt.relu_squared_gradient(x, w, post)
         torch.testing.assert_close(grads.double(), 2 * product * post.double().sqrt(), rtol=2**-7, atol=1e-5)
 
 
 def test_without_descriptors_the_mlp_is_the_same(monkeypatch):
     x, w = torch.randn(50, 48).to(BF16), torch.randn(80, 48).to(BF16)
-    post = train_gpt.mlp_op(x, w, None, None, None)
-    grads = train_gpt.mlp_op(x, w, None, None, post)
+    post = train_gpt.relu_squared_product(x, w)
+    grads = train_gpt.relu_squared_gradient(x, w, post)
     monkeypatch.setattr(train_gpt, "MLP_TILES", {})
-    torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, None), post, rtol=2**-6, atol=1e-3)
-    torch.testing.assert_close(train_gpt.mlp_op(x, w, None, None, post), grads, rtol=2**-6, atol=1e-2)
+    torch.testing.assert_close(train_gpt.relu_squared_product(x, w), post, rtol=2**-6, atol=1e-3)
+    torch.testing.assert_close(train_gpt.relu_squared_gradient(x, w, post), grads, rtol=2**-6, atol=1e-2)
 
 
 def plain_mlp(x, w_in, w_out):
@@ -272,32 +270,39 @@ def test_transposes(rows, columns):
         assert torch.equal(out.float(), source.T.float())
     source, out = torch.randn(rows, columns).to(BF16), torch.randn(columns, rows).to(BF16)
     expected = (out.float() + source.T.float()).to(BF16)
-    train_gpt.transposed(source, out=out, add=True)
+    train_gpt.transpose_into(out, source, add=True, kernels=True)
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_gradients(fp8):
-    """As on CUDA, but for the attention; against the same model in float32 without kernels."""
+    """As on CUDA, but for the attention; against float32 without kernels.
+
+    Gradients of some scalars nearly cancel, so that bf16 alone leaves little of them: where bf16
+    without kernels is off by more, the kernels may be off by twice as much.
+    """
     config = replace(train_gpt.PRESETS["tiny"].model, dim=96, heads=4, bigram_dim=16)
-    model = train_gpt.GPT(config, BF16, fp8=fp8)
-    plain = train_gpt.GPT(config)
+    exact = train_gpt.GPT(config)
+    rounded = train_gpt.GPT(config, BF16)
+    model = train_gpt.GPT(config, BF16, kernels=True, fp8=fp8)
     with torch.no_grad():
-        for p, q in zip(model.parameters(), plain.parameters()):
+        # Drawn by name, so that the order of the table of parameters does not change what is tested.
+        for name, p in sorted(rounded.named_parameters()):
             p += 0.02 * torch.randn_like(p)
-            q.copy_(p)
-    inputs, targets = (
-        torch.randint(config.vocab_size, (64,), dtype=torch.int32),
-        torch.randint(config.vocab_size, (64,)),
-    )
-    weights = torch.tensor([1.0, 0.5, 0.25])
+            exact.get_parameter(name).copy_(p)
+            model.get_parameter(name).copy_(p)
+    inputs = torch.randint(config.vocab_size, (64,), dtype=torch.int32)
+    targets = torch.randint(config.vocab_size, (64,))
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
     losses = []
-    for each in plain, torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True):
-        context = train_gpt.make_context(config, 64, (16, 32), each.embed)._replace(mtp=weights)
-        loss = each(inputs, targets, context)
+    for each in exact, rounded, compiled:
+        context = train_gpt.make_context(config, 64, (16, 32), each.embed)
+        loss = each(inputs, targets, context._replace(mtp=torch.tensor([1.0, 0.5, 0.25])))
         loss.backward()
         losses.append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
-        likeness = F.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0)
-        assert likeness > (0.97 if fp8 else 0.99), (name, likeness)
+    assert losses[2] == pytest.approx(losses[0], rel=0.01)
+    for name, p in model.named_parameters():
+        true = exact.get_parameter(name).grad
+        own = (rounded.get_parameter(name).grad - true).norm() / true.norm()
+        error = (p.grad - true).norm() / true.norm()
+        assert error <= max(0.25 if fp8 else 0.14, 2 * own), (name, error, own)

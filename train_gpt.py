@@ -139,6 +139,7 @@ class ModelConfig:
     """
 
     layers: tuple[Layer, ...]
+    # Sizes.
     vocab_size: int = setting(50257, "tokens of the vocabulary (inside, a multiple of 128)", low=1)
     bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
     dim: int = setting(768, "width of the residual stream", low=1)
@@ -146,6 +147,7 @@ class ModelConfig:
     attention_scale: float = setting(0.1, "factor of the attention logits")
     bigram_rows: int = setting(15, "rows of the bigram table, times the padded vocabulary", low=1)
     bigram_dim: int = setting(192, "channels that the bigram embedding is added to", low=1)
+    # Techniques.
     smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
     value_embeds: bool = setting(True, "value embeddings [14]")
@@ -189,6 +191,7 @@ class Settings:
     model: ModelConfig
     stages: tuple[Stage, ...]
     extension: Stage  # more steps, at the final learning rate
+    # Data and validation.
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a pattern")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "validation shards, a pattern")
     val_tokens: int = setting(10_485_760, "tokens to validate on, from the shards' start", low=1)
@@ -196,6 +199,7 @@ class Settings:
     val_every: int = setting(250, "steps between validations; the last is at the end", low=1)
     val_short_window: int = setting(768, "short window of the final validation [33, 35]", low=1)
     val_long_window: int = setting(2560, "long window of the final validation [33, 35]", low=1)
+    # Techniques of the schedule, and how it is run.
     steps: int | None = setting(None, "steps in all; the stages share them out as before", low=1)
     yarn: bool = setting(True, "YaRN: rotary embedding stretched as windows grow [31]")
     multi_token: bool = setting(True, "multi-token prediction in training [53]")
@@ -205,11 +209,13 @@ class Settings:
     epochs: int = setting(1, "times to go over the training shards", low=1)
     slices: int = setting(8, "microbatches of a batch; the more, the less memory", low=1)
     seed: int = setting(1, "seed of the initial weights", low=0, high=2**63 - 1)
+    # How it is computed.
     dtype: str = setting("auto", "auto: bfloat16 where the hardware has it", choices=DTYPES)
     kernels: bool = setting(True, "Triton kernels on GPUs; false: plain PyTorch everywhere")
     fp8: bool = setting(True, "8-bit floats in training's head and MLP, where GPUs can [19, 84]")
     compile: bool = setting(True, "compile with torch.compile")
     sparse_exchange: bool = setting(True, "ranks exchange bigram gradients by touched rows")
+    # The optimizers. Their learning rates are multiplied by the stage's and the parameter's.
     muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
@@ -221,6 +227,7 @@ class Settings:
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
     cooldown: float = setting(0.6, "last part of steps, when lr falls", low=0.001, high=1)
     final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
+    # What a run leaves.
     run_id: str = setting("", "name of the log (default: made from the date)")
     checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
     checkpoint_last: bool = setting(False, "write a checkpoint at the end")
@@ -255,6 +262,9 @@ class Settings:
         return begun
 
 
+# The record's network: 11 layers, most with a short window, four with paired heads.
+# Layer 6 has no attention, and takes in layer 3's output instead. The last three read what layer 7
+# left; the last one mixes in earlier layers by MUDD.
 RECORD_LAYERS = (
     Layer(paired_heads=True),
     Layer(value_embeds=0, xsa=True),
@@ -268,6 +278,8 @@ RECORD_LAYERS = (
     Layer(paired_heads=True, value_embeds=3, single_input=7),
     Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
 )
+# Batches, windows and learning rates grow together: small batches make the most of early steps,
+# large ones of late steps. A larger batch bears a larger learning rate.
 RECORD_STAGES = (
     Stage(
         steps=460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
@@ -282,6 +294,7 @@ RECORD_STAGES = (
         mtp=((1, 0, 0), (1, 0, 0)),
     ),
 )
+# The laptop's network has one of each, at a thirtieth of the size: 3.8M matrix parameters.
 TINY_LAYERS = (
     Layer(paired_heads=True, value_embeds=0),
     Layer(window="long", xsa=True),
@@ -331,6 +344,10 @@ PRESETS = {
 
 # The command that fetches or makes a preset's shards.
 FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
+
+
+# The table of parameters. A new parameter is one row of `parameter_table`: the model then makes it,
+# the optimizer updates it, checkpoints keep it, and --dry-run prints it.
 
 
 class Init(NamedTuple):
@@ -448,6 +465,17 @@ class MuddAfter(NamedTuple):
 MUDD_SCALE = 0.1  # what MUDD's networks put out is multiplied by this
 
 
+def qk_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Of the bank of Q and K, whose matrices are orthogonalized one by one.
+
+    A layer's are the heads 01, 23, … of Q and then of K [80], or all of Q and all of K.
+    """
+    heads_together = 2 if config.head_pairs else config.heads
+    matrices = 2 * config.heads // heads_together
+    rows = heads_together * config.dim // config.heads
+    return len(config.layers_with("attention")) * matrices, rows, config.dim
+
+
 def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     """The model's parameters, by name; None for one that the switches leave out.
 
@@ -460,11 +488,6 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     gated = [layer for layer in valued if layer not in mudd]  # MUDD makes its own gates
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
 
-    # Q and K of a layer are cut into matrices of some heads each, which are orthogonalized one by
-    # one: the heads 01, 23, … of Q and then of K [80], or all heads of Q and all of K.
-    heads_together = 2 if config.head_pairs else heads
-    qk_count = len(attending) * 2 * heads // heads_together
-    qk_rows = heads_together * dim // heads
     tables = 1 + max((config.rows[layer].value_embeds for layer in valued), default=-1)
     bound = 0.5 * 3**0.5 * dim**-0.5  # a standard deviation of 0.5 / √D
 
@@ -481,7 +504,7 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     add("bigram_table", "table", bigram_shape, constant(0), (0.75, 0.95), 75, 5, config.bigram)
     add("lm_head", "table", (dim, vocab), normal(0.005), (0.5, 0.95), 1, 150)
     add("embed", "table", (vocab, dim), transpose_of("lm_head"), (0.5, 0.95), 1, 150)
-    add("qk_bank", "bank", (qk_count, qk_rows, dim), uniform(bound), (0.9, 0.95), 0.125, 10)
+    add("qk_bank", "bank", qk_shape(config), uniform(bound), (0.9, 0.95), 0.125, 10)
     # V and O of each layer; then W_in and W_out of each layer, W_out transposed.
     vo_shape, mlp_shape = (2 * len(attending), dim, dim), (2 * count, 4 * dim, dim)
     add("vo_bank", "bank", vo_shape, uniform(bound), (0.9, 0.95), 0.125, 10)
@@ -598,11 +621,11 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 
 # 2. Kernels =======================================================================================
-# What PyTorch has no fast expression for, in Triton. Each kernel stands beside the plain PyTorch of
-# the same thing, and one function chooses: it runs the kernel where `kernels` is true, and the plain
-# form elsewhere. `kernels` is true on CUDA with bfloat16 (`choose_kernels`). So who changes what
-# is computed, an activation for instance, changes the plain form and trains with `--kernels false`.
-# Kernels compute in float32 and round once.
+# What PyTorch has no fast expression for, in Triton. Each kernel stands beside the plain PyTorch
+# of the same thing, and one function chooses between them: with `kernels`, which is true on CUDA in
+# bfloat16 (`choose_kernels`), it runs the kernel, elsewhere the plain form. To change what is
+# computed, an activation for instance, change the plain form and train with `--kernels false`; the
+# kernel can wait until the idea has proven itself. Kernels compute in float32 and round once.
 
 
 def region(body: Callable) -> Callable:
@@ -647,6 +670,7 @@ def symmetric_kernel(
 ):
     """A block of out (n, n) = alpha A A^T + beta A, and its mirror image: A (n, k) any strides."""
     across = tl.cdiv(n, SIZE)
+    # Swizzled: programs that run at the same time share rows and columns, which are then in cache.
     i = tl.program_id(0) // across
     j = tl.program_id(0) % across
     i, j = tl.swizzle2d(i, j, across, across, 8)
@@ -822,8 +846,8 @@ def launch_mlp_kernel(tiles, a, b, scale_a, scale_b, post) -> Tensor:
 
 # --- The loss: capped logits, and the cross-entropy of the next targets.
 
-# The softcap [18, 54]: z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH), so 0 < z < CAP. The shift
-# makes it asymmetric: most of the range is left to logits above the usual.
+# The softcap [18, 54]: z = CAP * sigmoid((logit + CAP_SHIFT) / CAP_WIDTH), so that 0 < z < CAP and
+# no logit can run away. The shift makes it asymmetric.
 CAP, CAP_SHIFT, CAP_WIDTH = 23, 5, 7.5
 
 
@@ -867,6 +891,7 @@ def loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
     grads += row * vocab
+    # Once over the row for the normalizer.
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -874,6 +899,7 @@ def loss_kernel(
         # At most exp(CAP), so that no maximum has to be found first.
         sums += tl.where(columns < vocab, tl.exp(CAP * s), 0)
     total = tl.sum(sums)
+    # The loss, of the few columns that are targets.
     weight_sum = 0.0
     loss = 0.0
     for k in tl.static_range(NEXT):
@@ -884,6 +910,7 @@ def loss_kernel(
         z = CAP * cap_sigmoid(tl.load(logits + target), SHIFT, WIDTH)
         loss -= tl.where(there, weight * z, 0)
     tl.store(losses + row, loss + weight_sum * tl.log(total))
+    # And once more for the gradient: of the softmax, less the targets, through the softcap.
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0), SHIFT, WIDTH)
@@ -980,7 +1007,7 @@ def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each matrix of x (…, rows, cols) in e4m3, and the float32 scale (…) that fits its largest."""
+    """Each matrix of x (…, rows, cols) in e4m3, with a scale (…) its largest entry needs."""
     largest = x.abs().amax((-2, -1)).float()
     scale = largest.clamp(min=1e-12) / E4M3_MAX
     return quantize(x, scale[..., None, None]), scale
@@ -1141,8 +1168,8 @@ def polar_express(u: Tensor, dtype: torch.dtype, kernels: bool = False) -> Tenso
 
 # 4. Attention =====================================================================================
 # Causal, within a document, and at most `window` tokens back: query i sees key j if j <= i,
-# i - j <= window, and both are of one document. A mask is made once a sequence and used by all layers
-# of a kind. CUDA has FlexAttention over a list of blocks, other devices a banded attention.
+# i - j <= window, and both belong to one document. A mask is made once a sequence and serves all
+# layers of a kind. CUDA runs FlexAttention over a list of blocks, other devices a banded attention.
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
 
@@ -1159,9 +1186,9 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
     """Rotary frequencies and softmax scale at a step: after YaRN at each growth of the long window.
 
-    YaRN [31] (arXiv 2309.00071) stretches the slow frequencies by the growth, so that what now is in
-    the window lies at angles that the model has seen. What turns 32 times or more within the old
-    window keeps its frequency, since it tells near tokens apart.
+    YaRN [31] (arXiv 2309.00071) stretches the slow frequencies by the growth, so that what comes
+    into the window lies at angles that the model has seen. What turns 32 times or more within the
+    old window keeps its frequency, since that is how the model tells near tokens apart.
     """
     frequencies = rotary_frequencies(settings.model)
     scale = settings.model.attention_scale
@@ -1200,8 +1227,8 @@ def previous(x: Tensor, begins: Tensor) -> Tensor:
     return torch.where(begins, x, shifted)
 
 
-# FlexAttention is told which blocks of (queries, keys) to look at. For a window of 2 1/2 blocks, and
-# a document that begins within block 2:
+# FlexAttention is told which blocks of (queries, keys) to look at. With a window of 2 1/2 blocks,
+# and a document that begins within block 2:
 #
 #              keys
 #               0  1  2  3  4
@@ -1211,8 +1238,8 @@ def previous(x: Tensor, begins: Tensor) -> Tensor:
 #            3        p  p
 #            4        p  F  p
 #
-# Going left from the diagonal, a row has first its diagonal block, which is partial, then full
-# blocks, then partial ones, then none. So two counts say all about a row (or, going down, a column).
+# Going left from the diagonal, a row has its diagonal block, which is partial, then full blocks,
+# then partial ones, then none. So two counts say all about a row (or, going down, a column).
 
 
 def block_mask(docs: Tensor, window: Tensor) -> BlockMask:
@@ -1306,7 +1333,7 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: Tensor)
 def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
     """`attend` on other devices, with the mask (chunks, 1, C, 2C) of `banded_mask`.
 
-    Matmuls and a softmax, compiled, take half the time of scaled_dot_product_attention's CPU kernel.
+    Matmuls and a softmax, compiled, take half the time of scaled_dot_product_attention on a CPU.
     """
     length, size = len(q), mask.size(2)
 
@@ -1370,9 +1397,9 @@ def widen(x: Tensor, dim: int) -> Tensor:
 
 
 def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
-    """The table row (T,) of each token and the one before it [62]; the last where a document begins.
+    """The table row (T,) of each token and the one before it [62]: a hash in wrapping 32 bits.
 
-    The hash wraps around in 32 bits.
+    The last row where a document begins.
     """
     tokens = tokens.int()
     hashed = (36313 * tokens) ^ (27191 * previous(tokens, begins))
@@ -1496,7 +1523,7 @@ def mudd_network(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tenso
 def mudd_before(
     x: Tensor, start: Tensor, earlier: Tensor, value_row: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, Tensor, Mix]:
-    """Before MUDD's layer: the residual stream, what is added to v (T, D), and the layer's `Mix`."""
+    """Before MUDD's layer: the residual stream, what is added to v (T, D), the layer's `Mix`."""
     c = MuddBefore(*mudd_network(x, *weights))
     added = c.v_start * start + c.v_earlier * earlier + c.v_stream * x
     if value_row is not None:
@@ -1728,7 +1755,7 @@ class GPT(nn.Module):
         attn_resid, mlp_resid = self.resid_lambdas.unbind(1)
         attn_post, mlp_post = self.post_lambdas.unbind(1)
         # Spread over the tokens: one sum over them then makes the gradients of all the scalars,
-        # which else had a kernel each. Contiguous like MUDD's, so that a region's graph serves both.
+        # which otherwise take a kernel each. Contiguous like MUDD's, so that one graph serves both.
         stacked = torch.stack(
             Mix(attn_resid, attn_post, self.x0_lambdas, bigram, mlp_resid, mlp_post)
         )
@@ -1741,7 +1768,7 @@ class GPT(nn.Module):
 # 6. Optimizer =====================================================================================
 # NorMuon for the banks, every step; Adam for the rest, every second step, on the sum of two steps'
 # gradients. Ranks share out the banks and tables: they reduce-scatter the gradients, update a part
-# each, and gather the new values. Gates and scalars are small, and every rank updates them all, from
+# each, and gather the new values. Gates and scalars are small: every rank updates all of them, from
 # all-reduced gradients. One rank exchanges nothing.
 
 # torch 2.13 renames the two collectives and warns of the old names.
@@ -1784,7 +1811,7 @@ def normuon_update(
     (or columns) with far larger steps than others, which NorMuon evens out by their running mean
     squares, as Adam does for single numbers, while the matrix keeps its size.
 
-    `factors` (n, 1, 1) multiply the learning rate for each matrix; the four numbers are 0-d tensors.
+    `factors` (n, 1, 1) multiply each matrix's learning rate; the four numbers are 0-d tensors.
     `exp_avg_sq` has the mean squares of rows (n, rows, 1) or of columns (n, 1, cols), whichever are
     more; `low` (uint16) the mantissa bits that bf16 weights lose.
     """
@@ -2164,7 +2191,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
 
     plan = []
     shard = 0  # counts on from epoch to epoch
-    document = 0
+    document = 0  # the first that is not used yet
     tried_in_vain = 0  # shards in a row that had no whole batch left
     planned_in_time = None  # the steps that the allowed epochs are enough for
     while len(plan) < settings.total_steps:
@@ -2260,7 +2287,7 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
 
 
 def prefetch(items: Iterator) -> Iterator:
-    """Yields what an iterator yields; a thread makes the next one meanwhile. None is not allowed."""
+    """Yields what an iterator yields (but not None); a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(next, items, None)
         while (item := ahead.result()) is not None:
@@ -2288,6 +2315,7 @@ def find_world() -> World:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return World(rank, size, torch.device("cuda", torch.cuda.current_device()))
+    # On the CPU a resumed run then equals one that never stopped, bit for bit.
     torch.use_deterministic_algorithms(True)
     return World(rank, size, torch.device("cpu"))
 
@@ -2361,6 +2389,9 @@ def compile_or_not(wanted: bool) -> str:
     return "uncompiled"
 
 
+# --- The clock, and what a device can do.
+
+
 def mark(device: torch.device):
     """A point in the device's work, for `elapsed`. Nothing waits for it."""
     if device.type != "cuda":
@@ -2423,6 +2454,11 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best * 1000
 
 
+# A batch is cut into slices; a rank takes some of them and runs them one after another, as
+# microbatches, adding up gradients. So it needs the memory of one slice, and the mathematics are
+# the same for any number of ranks that divides the slices.
+
+
 def train_step(objective: Callable, tokens: Tensor, context: Context, slices: int) -> Tensor:
     """Adds up the gradients of this rank's slices (n, length + 1), one microbatch after another.
 
@@ -2460,12 +2496,16 @@ def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> f
     return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
 
 
+# --- Warm-up.
+
+
 def warm_up(
     settings: Settings, model: GPT, objective: Callable, optimizer: Optimizer, world: World
 ) -> None:
     """Runs all that training will run, on made-up tokens, so that it is compiled before the clock.
 
-    Then it puts model and optimizer back as they were.
+    Then it puts model and optimizer back as they were: nothing may be learned off the clock, which
+    is a rule of the track. The largest stage runs, too, so that too little memory shows here.
     """
     tensors = list(model.parameters())
     for state in optimizer.state.values():
@@ -2503,6 +2543,9 @@ def warm_up(
         tensor.data.copy_(value)
         tensor.grad = grad
     optimizer.updates, optimizer.tied, optimizer.touched = counters
+
+
+# --- The log.
 
 
 def output_of(*command: str) -> str:
@@ -2586,7 +2629,7 @@ class Log:
         self.line(f"log: {self.path}", file=False)
 
     def open(self, header: str) -> None:
-        """Begins the file, with its header; UserError if it is there already or cannot be written."""
+        """Begins the file, with its header; UserError if it exists or cannot be written."""
         try:
             self.path.parent.mkdir(exist_ok=True)
             self.file = open(self.path, "x", encoding="utf-8")
@@ -2642,10 +2685,13 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 
+# --- Checkpoints.
+
+
 def save_checkpoint(
     log: Log, settings: Settings, step: int, milliseconds: float, model: GPT, optimizer: Optimizer
 ) -> None:
-    """Writes `logs/<run id>_step000010.pt`, whole or not at all; a full disk does not end the run."""
+    """Writes `logs/<run id>_step000010.pt`, whole or not at all; a full disk ends no run."""
     optimizer_state = optimizer.state_dict()  # on all ranks, since each has a part
     if log.file is None:
         return
@@ -2657,6 +2703,7 @@ def save_checkpoint(
         "model": {name: p.detach().cpu() for name, p in model.named_parameters()},
         "optimizer": optimizer_state,
     }
+    # Written beside its place, and renamed when it is whole and on the disk.
     path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
     unfinished = path.with_suffix(".tmp")
     try:
@@ -2673,7 +2720,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str) -> dict:
-    """What `save_checkpoint` wrote, on the CPU, its settings as `Settings`; UserError if damaged."""
+    """What `save_checkpoint` wrote, on the CPU, with `Settings`; UserError if it is damaged."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # PyTorch does not look at the checksums
             raise zipfile.BadZipFile
@@ -2717,8 +2764,11 @@ def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, f
     return step, state["train_time_ms"]
 
 
+# --- How a run ends.
+
+
 def complain(error: UserError) -> int:
-    """Prints the one line on stderr that says why a run ends, on rank 0; returns the exit status."""
+    """Prints the line on stderr that says why a run ends, on rank 0; returns the exit status."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
     return error.status
@@ -2727,7 +2777,8 @@ def complain(error: UserError) -> int:
 def catch_signals(caught: list[UserError] | None = None) -> None:
     """SIGINT and SIGTERM end the process at once.
 
-    Where a list is given, the first one is only put there, for the loop to find.
+    Where a list is given, the first one is only put there, for the loop to find, which then ends
+    the run in good order; a second one ends it at once.
     """
 
     def stop(signum: int, frame) -> None:
@@ -2741,6 +2792,9 @@ def catch_signals(caught: list[UserError] | None = None) -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+# --- The run.
 
 
 class Losses:
@@ -2840,7 +2894,7 @@ def should_validate(settings: Settings, step: int, first: int) -> bool:
 
 
 def should_save(settings: Settings, step: int, first: int, stopping: bool) -> bool:
-    """Every `checkpoint_every` steps, with `checkpoint_last` at the end, with either when stopped."""
+    """Every `checkpoint_every` steps; at the end if `checkpoint_last`; with either when stopped."""
     if settings.checkpoint_last and (stopping or step == settings.total_steps):
         return True
     if settings.checkpoint_every == 0 or step == first:
@@ -2849,7 +2903,7 @@ def should_save(settings: Settings, step: int, first: int, stopping: bool) -> bo
 
 
 def batches_for(run: Run, first: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """This rank's tokens of every step, made ahead of time; with those that a sparse exchange needs."""
+    """This rank's tokens of every step, made ahead, and what a sparse exchange needs of them."""
     settings, world = run.settings, run.world
     own = settings.slices // world.size
     slices = range(world.rank * own, (world.rank + 1) * own)
@@ -2881,10 +2935,12 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
     stopping = False
     catch_signals(signals)
     clock.start()
+    # The last round only validates: step `total` itself is not taken.
     for step in range(first, total + 1):
         hyper = hypers[step]
         validates = should_validate(settings, step, first) and not stopping
         saves = should_save(settings, step, first, stopping)
+        # Off the clock: validation, checkpoints, and the end.
         if validates or saves or stopping:
             losses.report(late=0)
             clock.stop()
@@ -2904,6 +2960,7 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
         if step == total:
             break
 
+        # A step. Its context changes with the stage, its weights of next targets each time.
         if step == first or hyper.stage != hypers[step - 1].stage:
             rotary = rotary_state(settings, step)
             length = run.plan[step].length
@@ -2921,6 +2978,9 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
 # 9. Command line ==================================================================================
 # Every scalar of `Settings` and `ModelConfig` is an option; its type, limits, default and help come
 # from there. The tables and all numbers are checked before anything is built.
+
+
+# --- The tables.
 
 
 def is_whole(number: object, least: int) -> bool:
@@ -2994,6 +3054,9 @@ def check_stages(settings: Settings) -> None:
         positive = isinstance(stage.lr, int | float) and 0 < stage.lr < math.inf
         require(positive, where, stage, "lr", "must be a number above 0")
 
+        pair = isinstance(stage.mtp, tuple) and len(stage.mtp) == 2
+        pair = pair and all(isinstance(weights, tuple) for weights in stage.mtp)
+        require(pair, where, stage, "mtp", "must be two tuples of weights, at start and end")
         start, end = stage.mtp
         even = len(start) == len(end) > 0
         require(even, where, stage, "mtp", "start and end must have as many weights")
@@ -3005,6 +3068,9 @@ def check_stages(settings: Settings) -> None:
         again = stage.tied and not tied
         require(not again, where, stage, "tied", "an earlier stage has untied embed and lm_head")
         tied = stage.tied
+
+
+# --- The scalars.
 
 
 def check_batches(settings: Settings, world_size: int) -> None:
@@ -3051,12 +3117,16 @@ def check_settings(settings: Settings, world_size: int) -> None:
         raise UserError("--wandb needs the package wandb: pip install wandb")
 
 
+# --- The plan that --dry-run prints.
+
+
 def estimate_memory(settings: Settings, model: GPT, world_size: int) -> int:
     """Bytes of a process, roughly.
 
     Weights, gradients, optimizer state, and the activations of a slice or of a validation sequence.
     """
     config = settings.model
+    # NorMuon has a float32 momentum and 2 bytes of lost bits, Adam two float32 averages.
     weights = state = 0
     for name, p in model.named_parameters():
         weights += 2 * p.numel() * p.element_size()  # with the gradient
@@ -3159,6 +3229,9 @@ def print_schedule(settings: Settings) -> None:
     print(f"FLOPs: {flops / tokens / 1e9:.2f} GFLOP a token, {flops / 1e15:.3g} PFLOP in all")
 
 
+# --- The options.
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
@@ -3215,6 +3288,7 @@ def add_options(parser: Parser, holder: Settings | ModelConfig, title: str) -> N
 
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings that the command line asks for, and whether it is a --dry-run."""
+    # The preset comes first, since it has the defaults of all other options.
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument(
         "--preset", choices=PRESETS, default="record", help="the experiment (default: record)"

@@ -656,9 +656,9 @@ def region(body: Callable) -> Callable:
     return call
 
 
-# --- Symmetric products, for NorMuon: half of the blocks are the mirror image of the other half.
+# --- Symmetric matmuls, for NorMuon: half of the blocks are the mirror image of the other half.
 
-# How products are cut: the side of a block, the step along the inner dimension, pipeline stages,
+# How a matmul is cut: the side of a block, the step along the inner dimension, pipeline stages,
 # warps. Shared memory must hold the stages: a block may take 163 KB on compute capability 8.0,
 # 227 KB on 9.0, and 99 KB on consumer cards (8.6, 8.9, 12.0).
 SYMMETRIC_TILES = 128, 64, 4, 8
@@ -699,9 +699,9 @@ def symmetric_kernel(
     tl.store(out + columns * n + rows[:, None], total, upper)
 
 
-@library.custom_op("train_gpt::symmetric_product", mutates_args=())
+@library.custom_op("train_gpt::symmetric_matmul", mutates_args=())
 def symmetric_op(a: Tensor, alpha: float = 1, beta: float | None = None) -> Tensor:
-    """`symmetric_product` by the kernel."""
+    """`symmetric_matmul` by the kernel."""
     count, n, k = a.shape
     out = a.new_empty(count, n, n)
     size, inner, stages, warps = SYMMETRIC_TILES
@@ -718,7 +718,7 @@ def _(a, alpha=1, beta=None):
     return a.new_empty(a.size(0), a.size(1), a.size(1))
 
 
-def symmetric_product(
+def symmetric_matmul(
     a: Tensor, alpha: float = 1, beta: float | None = None, *, kernels: bool
 ) -> Tensor:
     """alpha A A^T + beta A for each matrix of a (n, rows, cols); beta is for symmetric A alone."""
@@ -729,11 +729,11 @@ def symmetric_product(
     return torch.baddbmm(a, a, a.mT, beta=beta, alpha=alpha)
 
 
-# --- The MLP's activation, ReLU², and the product before it.
+# --- The MLP's activation, ReLU², and the matmul before it.
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """The MLP's activation [5]; what the kernel below computes in the same pass as the product."""
+    """The MLP's activation [5]; what the kernel below computes in the same pass as the matmul."""
     return F.relu(x).square()
 
 
@@ -778,8 +778,8 @@ def mlp_kernel(
             out.store(place, half.to(out.dtype))
 
 
-@library.custom_op("train_gpt::relu_squared_product", mutates_args=())
-def relu_squared_product(
+@library.custom_op("train_gpt::relu_squared_matmul", mutates_args=())
+def relu_squared_matmul(
     x: Tensor, w: Tensor, x_scale: Tensor | None = None, w_scale: Tensor | None = None
 ) -> Tensor:
     """relu(X W^T)^2 in bf16 (n, m), of x (n, k) and w (m, k): bf16, or FP8 with their scales."""
@@ -804,7 +804,7 @@ def relu_squared_gradient(grad: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
     return 2 * (grad @ w_out.T) * post.sqrt()
 
 
-@relu_squared_product.register_fake
+@relu_squared_matmul.register_fake
 def _(x, w, x_scale=None, w_scale=None):
     return x.new_empty(x.size(0), w.size(0), dtype=torch.bfloat16)
 
@@ -946,7 +946,7 @@ def loss_outputs(logits, targets, weights, fp8):
     return losses, grads
 
 
-# --- Transposes, for embed and lm_head while they are tied, and for FP8 products.
+# --- Transposes, for embed and lm_head while they are tied, and for FP8 matmuls.
 
 
 @jit
@@ -990,7 +990,7 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.size(-1),), eps=2**-23).to(x.dtype)
 
 
-# FP8: a tensor is stored as x / scale in 8 bits, and a product of two is multiplied by both scales.
+# FP8: a tensor is stored as x / scale in 8 bits, and a matmul of two is multiplied by both scales.
 # A scale that is too small clips the largest numbers, one that is too large drops the smallest. The
 # head's scales are constants that were tuned with the recipe [19]: its inputs are normed, and its
 # weights and gradients keep to their range. The MLP's are measured (`quantize_to_fit`). Numbers are
@@ -1030,14 +1030,14 @@ def scaled_mm(
 
 
 def transposed(x: Tensor) -> Tensor:
-    """A new, contiguous transpose of a matrix on CUDA: FP8 products want both inputs by rows."""
+    """A new, contiguous transpose of a matrix on CUDA: FP8 matmuls want both inputs by rows."""
     out = x.new_empty(x.size(1), x.size(0))
     transpose_op(x, out, False)
     return out
 
 
 class Head(torch.autograd.Function):
-    """The sum of `token_losses` with the kernels [60, 67, 79]; `fp8` has 8-bit products [19].
+    """The sum of `token_losses` with the kernels [60, 67, 79]; `fp8` has 8-bit matmuls [19].
 
     The gradient by the logits is made in the forward pass, together with the losses, so that the
     logits themselves, the largest tensor by far, need not be kept.
@@ -1083,7 +1083,7 @@ def summed_loss(
 
 
 class MLP(torch.autograd.Function):
-    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, the first product is FP8.
+    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, the first matmul is FP8.
 
     The scale of x is then that of the whole sequence, which is not causal: so it is a path for
     training alone. Backward is in bf16 [84].
@@ -1092,10 +1092,10 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, w_out, w_in8=None, w_in8_scale=None):
         if w_in8 is None:
-            post = relu_squared_product(x, w_in)
+            post = relu_squared_matmul(x, w_in)
         else:
             x8, x_scale = quantize_to_fit(x)
-            post = relu_squared_product(x8, w_in8, x_scale, w_in8_scale)
+            post = relu_squared_matmul(x8, w_in8, x_scale, w_in8_scale)
         ctx.save_for_backward(x, w_in, w_out, post)
         return post @ w_out
 
@@ -1157,8 +1157,8 @@ def polar_express(u: Tensor, dtype: torch.dtype, kernels: bool = False) -> Tenso
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:
         # A is the smaller of XX^T and X^T X.
-        gram = symmetric_product(x.mT if tall else x, kernels=kernels)
-        poly = symmetric_product(gram, alpha=c, beta=b, kernels=kernels)  # bA + cA^2
+        gram = symmetric_matmul(x.mT if tall else x, kernels=kernels)
+        poly = symmetric_matmul(gram, alpha=c, beta=b, kernels=kernels)  # bA + cA^2
         if tall:
             x = torch.baddbmm(x, x, poly, beta=a)
         else:
@@ -1552,7 +1552,7 @@ class GPT(nn.Module):
     """The model of `config`, its matrices in `dtype`.
 
     Banks are padded with zero matrices to a multiple of `shards`, the ranks that share them out.
-    With `kernels` it runs the Triton kernels; with `fp8` training, `forward`, has 8-bit products.
+    With `kernels` it runs the Triton kernels; with `fp8` training, `forward`, has 8-bit matmuls.
     """
 
     def __init__(
@@ -2339,7 +2339,7 @@ def choose_kernels(settings: Settings, device: torch.device, dtype: torch.dtype)
 
 
 def choose_fp8(settings: Settings, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether training has products in 8 bits: with the kernels, from compute capability 8.9 on.
+    """Whether training has matmuls in 8 bits: with the kernels, from compute capability 8.9 on.
 
     All sizes must be multiples of 16.
     """

@@ -55,7 +55,7 @@ def row(name: str, seconds: float, compiled: fake_cuda.Compiled) -> str:
 
 
 def compile_all(target: int, options: list[str], compiled: fake_cuda.Compiled) -> None:
-    """Prints a row a part of the run; exits with 1 at the first that does not compile."""
+    """Prints one row per part of the run; exits with 1 at the first that does not compile."""
     import torch
     from tqdm import tqdm
 

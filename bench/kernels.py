@@ -66,7 +66,7 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
     x, w, post = random(tokens, DIM), random(4 * DIM, DIM, std=DIM**-0.5), random(tokens, 4 * DIM).square()
     product = 2 * tokens * DIM * 4 * DIM
     yield Case(
-        "MLP forward, bf16", 90, train_gpt.relu_squared_product,
+        "MLP forward, bf16", 90, train_gpt.relu_squared_matmul,
         lambda x, w: F.relu(x @ w.T).square(), (x, w), flops=product,
     )  # fmt: skip
     yield Case(
@@ -75,7 +75,7 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
     )  # fmt: skip
     (x8, w8), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
     yield Case(
-        "MLP forward, FP8", 90, lambda x, w: train_gpt.relu_squared_product(x, w, *scales),
+        "MLP forward, FP8", 90, lambda x, w: train_gpt.relu_squared_matmul(x, w, *scales),
         lambda x, w: F.relu(dequantized_product(x, w, *scales)).square(), (x8, w8), flops=product,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def compile_launch(kernel, args: tuple, options: dict, target: int):
 
 
 def compile_all() -> int:
-    """Prints a row a kernel and target; returns the exit status."""
+    """Prints one row per kernel and target; returns the exit status."""
     real = {name: getattr(train_gpt, name) for name in KERNELS}
     print(f"{'kernel':44}{'target':>8}{'registers':>11}{'stack':>7}{'shared':>9}{'of':>9}")
     wrong = []

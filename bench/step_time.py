@@ -2,8 +2,8 @@
 
     python bench/step_time.py --preset tiny [--measure 20] [--profile 10] [any option of train_gpt.py]
 
-It needs the preset's training shards. The floor is the arithmetic of a step (FLOPs from the settings) at the speed of a
-large matrix product, measured on the same device. --profile adds where the time of a step goes, in each stage: by kind
+It needs the preset's training shards. MFU is the FLOPs of a step (from the settings) against what a large matmul reaches
+on the same device, measured on the spot. --profile adds where the time of a step goes, in each stage: by kind
 of kernel, and the kernels that take most. On the CPU operators stand for kernels.
 """
 
@@ -28,11 +28,11 @@ WARM = 4  # steps of a stage that are not measured
 # Kinds of kernels, and of operators on the CPU, by what is in their names, in lower case; the first that fits.
 KINDS = {
     "attention": "flex|flash|fmha",
-    "symmetric products": "symmetric_kernel",
+    "symmetric matmuls": "symmetric_kernel",
     "MLP": "mlp_kernel",
     "loss": "loss_kernel",
     "transposes": "transpose_kernel",
-    "other products": r"gemm|nvjet|cutlass|xmma|mm\b",
+    "other matmuls": r"gemm|nvjet|cutlass|xmma|mm\b",
     "compiled": "triton_|compiled",
     "copies, communication": "mem(cpy|set)|copy|nccl|c10d",
 }
@@ -140,7 +140,7 @@ def main() -> None:
         lines.append(f"| {name} | {stage.batch_tokens:,} | {each:.1f} | {speed:,.0f} | {share:.0%} | {memory} |")
     if world.rank == 0:
         print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")
-        print(f"first step after {started:.0f} s; large matrix product {peak / 1e12:.3g} TFLOP/s\n")
+        print(f"first step after {started:.0f} s; large matmul {peak / 1e12:.3g} TFLOP/s\n")
         print("| stage | batch, tokens | ms a step | tokens/s | MFU, of the measured peak | peak memory |")
         print("|---|---|---|---|---|---|")
         print("\n".join(lines))

@@ -1,6 +1,6 @@
-"""Read the logs of training runs: tables, statistics, pictures, and the script that made a log.
+"""Read the logs of training runs: tables, statistics, plots, and the script that made a log.
 
-    python records/logbook.py show LOG...                         a row a run
+    python records/logbook.py show LOG...                         one row per run
     python records/logbook.py stats LOG... [--target 3.28]        is the mean loss at most the target? p < 0.01?
     python records/logbook.py compare LOG... --vs LOG...          difference of two sets of runs
     python records/logbook.py plot LOG... --out FILE.png          loss against steps and against time
@@ -604,7 +604,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def show(args) -> int:
-    """Prints a row a run."""
+    """Prints one row per run."""
     runs, whole = read_logs(args.logs)
     if args.json:
         keys = ["file", "final_step", "total_steps", "val_loss", "train_time_ms", "step_avg_ms", "peak_memory_mib"]
@@ -926,11 +926,11 @@ def plot(args) -> int:
         drawn += curves([run for run in runs if run not in empty], name)
     if not drawn:
         raise UserError("no validation losses to draw in these logs")
-    picture = io.BytesIO()
+    image = io.BytesIO()
     settings = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
-        draw(matplotlib, drawn, args.target).savefig(picture, format=kind, dpi=200)
-    write_file(args.out, picture.getvalue())
+        draw(matplotlib, drawn, args.target).savefig(image, format=kind, dpi=200)
+    write_file(args.out, image.getvalue())
     return 0 if whole else 2
 
 
@@ -944,14 +944,14 @@ def load_matplotlib():
 
 
 def draw(matplotlib, drawn: list[Curve], target: float):
-    """The picture: two panels with one loss axis; where runs repeat, an inset shows how each of them ended."""
+    """The plot: two panels with one loss axis; where runs repeat, an inset shows how each of them ended."""
     figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     longest = max((time for curve in drawn for time in curve.times_ms() if math.isfinite(time)), default=0)
     unit, unit_ms, _ = next(unit for unit in UNITS if longest < unit[2])
     bottom = min(loss for curve in drawn for at in curve.points("losses") for loss in at if math.isfinite(loss))
     top = max(bottom, *(curve.early_loss() for curve in drawn))
-    # A target just missed is in the picture. One that is far from all losses is that of another task.
+    # A target just missed is in the plot. One that is far from all losses is that of another task.
     bottom = target if bottom - 0.3 * (top - bottom) < target < bottom else bottom
     pad = 0.06 * (top - bottom) or 0.1
     visible = {by_step: [], by_time: []}
@@ -1011,7 +1011,7 @@ def legend_text(curve: Curve) -> str:
 
 
 def set_x_axis(matplotlib, axes, visible: list[list[float]]) -> None:
-    """From 0, or logarithmic where the ends of curves are far apart. `visible`: where each curve is in the picture."""
+    """From 0, or logarithmic where the ends of curves are far apart. `visible`: where each curve is in the plot."""
     ends = [x[-1] for x in visible]
     if not ends:
         axes.text(0.5, 0.5, "no times in these logs", transform=axes.transAxes, ha="center", color="0.4")
@@ -1197,7 +1197,7 @@ def command_line() -> command.Parser:
     made.add_argument(
         "--group", nargs="+", action="append", default=[], metavar=("NAME", "LOG"), help="logs drawn under this name"
     )
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plot: .png, .svg or .pdf")
     add_target(made)
 
     made = add(extract)

@@ -89,7 +89,7 @@ def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(data):  # noqa: 
     titles, _, *rows = kinds.strip().splitlines()
     assert titles == "| stage 1 | stage 2 | stage 3 | stage extension |"
     table = {name: [float(cell) for cell in cells] for name, *cells in (row.strip("| ").split(" | ") for row in rows)}
-    assert {"other products", "the rest"} <= table.keys() and all(min(cells) >= 0 for cells in table.values())
+    assert {"other matmuls", "the rest"} <= table.keys() and all(min(cells) >= 0 for cells in table.values())
     assert len(stages) == 4
     for number, stage in enumerate(stages):
         title, _, *longest = stage.strip().splitlines()
@@ -106,10 +106,10 @@ def test_a_profile_knows_the_kinds_of_kernels_that_a_gpu_runs():
 
     kinds = {
         "triton_tem_fused__to_copy_flex_attention_mul_transpose_12": "attention",
-        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopA_TNT": "other products",
-        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "other products",
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopA_TNT": "other matmuls",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "other matmuls",
         "triton_poi_fused__to_copy_add_cat_embedding_dense_backward_3": "compiled",
-        "symmetric_kernel": "symmetric products",
+        "symmetric_kernel": "symmetric matmuls",
         "mlp_kernel": "MLP",
         "Memcpy HtoD (Pinned -> Device)": "copies, communication",
         "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "copies, communication",

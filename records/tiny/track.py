@@ -2,7 +2,7 @@
 
     python records/tiny/track.py grid       the baseline's grid of learning rate and batch, on shortened runs
     python records/tiny/track.py search     the fewest steps with which each record reaches the target, one seed
-    python records/tiny/track.py runs       all records, interleaved, with several seeds; the table and the picture
+    python records/tiny/track.py runs       all records, interleaved, with several seeds; the table and the plot
 
 The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of training, and MARGIN, rounded up to 0.01.
 All three are resumable: a run whose log is complete is not run again. Logs go to records/tiny/, tables into its README.
@@ -188,7 +188,7 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
 
 
 def draw(logs: list[Path]) -> None:
-    """The main README's picture: loss against training time of the baseline, of the recipe, and of the whole preset."""
+    """The main README's plot: loss against training time of the baseline, of the recipe, and of the whole preset."""
     matplotlib = logbook.load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()

@@ -137,7 +137,7 @@ def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
     scales = ()
     if fp8:
         (x, w), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
-    post = train_gpt.relu_squared_product(x, w, *scales)
+    post = train_gpt.relu_squared_matmul(x, w, *scales)
     product = x.double() @ w.double().T
     if fp8:
         product = product * scales[0] * scales[1]
@@ -149,10 +149,10 @@ def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
 
 def test_without_descriptors_the_mlp_is_the_same(monkeypatch):
     x, w = torch.randn(50, 48).to(BF16), torch.randn(80, 48).to(BF16)
-    post = train_gpt.relu_squared_product(x, w)
+    post = train_gpt.relu_squared_matmul(x, w)
     grads = train_gpt.relu_squared_gradient(x, w, post)
     monkeypatch.setattr(train_gpt, "MLP_TILES", {})
-    torch.testing.assert_close(train_gpt.relu_squared_product(x, w), post, rtol=2**-6, atol=1e-3)
+    torch.testing.assert_close(train_gpt.relu_squared_matmul(x, w), post, rtol=2**-6, atol=1e-3)
     torch.testing.assert_close(train_gpt.relu_squared_gradient(x, w, post), grads, rtol=2**-6, atol=1e-2)
 
 

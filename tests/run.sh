@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up like run.sh, then runs the test suite. Arguments go to pytest: tests/run.sh -m slow
+# Sets up like run.sh, then runs the test suite. Arguments go to pytest: tests/run.sh -m slow,
+# or after an edit of the tables: tests/run.sh -m "not recipe"
 set -euo pipefail
 CDPATH='' cd -- "$(dirname "$0")/.."
 . ./setup.sh

@@ -126,6 +126,7 @@ def test_parameter_count_is_gpt2s_plus_the_padding():
     assert sum(p.numel() for p in model.parameters()) == 124_439_808 + (50_304 - 50_257) * 768
 
 
+@pytest.mark.recipe
 def test_tiny_has_as_many_matrix_parameters_as_the_preset_tiny():
     """The blocks' matrices and the output matrix, to half a percent; and as many layers."""
     with torch.device("meta"):

@@ -16,8 +16,8 @@ import torch
 import embedded
 import shards
 import train_gpt
+from recipe import TINY
 from train_gpt import (
-    PRESETS,
     UserError,
     find_shards,
     plan_batches,
@@ -27,7 +27,6 @@ from train_gpt import (
     validation_sequences,
 )
 
-TINY = PRESETS["tiny"]
 BOS = TINY.model.bos_id
 
 
@@ -271,7 +270,7 @@ def test_next_shard_is_read_by_another_thread_while_this_one_is_used(tmp_path, m
     assert len(list(batches)) == 3
 
 
-def test_one_epoch_of_the_embedded_corpus_feeds_the_default_tiny_run(tmp_path):
+def test_one_epoch_of_the_embedded_corpus_feeds_the_recipes_tiny_run(tmp_path):
     sympy = metadata.distribution("sympy")
     if sympy.version != embedded.pinned_version():
         pytest.skip(f"sympy {sympy.version} is not the pinned one")

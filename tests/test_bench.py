@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
+import recipe
 import train_gpt
-from test_command_line import MODEL, data, launcher  # noqa: F401 (fixtures)
+from test_command_line import MODEL, STAGES, enough  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -54,6 +55,7 @@ def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.recipe
 def test_every_graph_of_a_run_compiles_for_a_gpu_that_is_not_there():
     pytest.importorskip("triton")
     result = command("graphs.py", "--preset", "tiny", "--fp8", "false", "--target", "80")
@@ -75,22 +77,26 @@ def test_a_mistake_in_the_options_of_graphs_is_one_line():
     assert re.match("graphs.py: argument --preset: .*tinny.*record.*tiny", result.stderr.splitlines()[-1])
 
 
-def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(data):  # noqa: F811
+def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(enough):  # noqa: F811
     sizes = ("--val-tokens", "2048", "--val-seq-len", "1024", "--slices", "1")
     options = ("--preset", "tiny", *MODEL, *sizes, "--measure", "2", "--profile", "3")
-    result = command("step_time.py", *options, "--train-files", data / "x_train_*.bin")
+    result = command("step_time.py", *options, *enough)
     assert result.returncode == 0, result.stderr
-    rows = re.findall(r"^\| (\w+) \| 8,192 \| ([\d.]+) \| ([\d,]+) \| \d+% \| \d+ MiB \|$", result.stdout, re.MULTILINE)
-    assert [name for name, _, _ in rows] == ["1", "2", "3", "extension"]
-    for _, ms, speed in rows:
-        assert int(speed.replace(",", "")) == pytest.approx(8192 / float(ms) * 1000, rel=0.01)
+    row = r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \| \d+% \| \d+ MiB \|$"
+    rows = re.findall(row, result.stdout, re.MULTILINE)
+    names = [*(str(number) for number in range(1, len(STAGES))), "extension"]
+    assert [name for name, *_ in rows] == names
+    for (_, batch, ms, speed), stage in zip(rows, STAGES, strict=True):
+        assert batch == f"{stage.batch_tokens:,}"
+        found = int(speed.replace(",", ""))
+        assert found == pytest.approx(stage.batch_tokens / float(ms) * 1000, rel=0.01)
     assert re.search(r"first step after \d+ s", result.stdout)
     _, kinds, *stages = result.stdout.split("\n\n| ")[1:]
     titles, _, *rows = kinds.strip().splitlines()
-    assert titles == "| stage 1 | stage 2 | stage 3 | stage extension |"
+    assert titles == f"| {' | '.join(f'stage {name}' for name in names)} |"
     table = {name: [float(cell) for cell in cells] for name, *cells in (row.strip("| ").split(" | ") for row in rows)}
     assert {"other matmuls", "the rest"} <= table.keys() and all(min(cells) >= 0 for cells in table.values())
-    assert len(stages) == 4
+    assert len(stages) == len(STAGES)
     for number, stage in enumerate(stages):
         title, _, *longest = stage.strip().splitlines()
         total = float(re.search(r"ms a step \| of ([\d.]+) \|", title)[1])
@@ -118,15 +124,18 @@ def test_a_profile_knows_the_kinds_of_kernels_that_a_gpu_runs():
     assert {name: step_time.kind(name) for name in kinds} == kinds
 
 
-def test_attention_prints_a_cell_a_stage_and_one_for_the_validation(data):  # noqa: F811
-    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
-    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", *files)
+def test_attention_prints_a_cell_a_stage_and_one_for_the_validation(enough):  # noqa: F811
+    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", *enough)
     result = command("attention.py", *options)
     assert result.returncode == 0, result.stderr
     titles, _, row = result.stdout.strip().splitlines()[-3:]
-    sizes = [f"stage {n}, 2,048 tokens" for n in (1, 2, 3)]
+    slices = train_gpt.PRESETS["tiny"].slices
+    sizes = []
+    for number, stage in enumerate(STAGES[:-1], 1):
+        sizes.append(f"stage {number}, {stage.batch_tokens // slices:,} tokens")
     assert titles == f"| | {' | '.join([*sizes, 'validation, 1,024 tokens'])} | largest error |"
-    assert re.fullmatch(r"\| train_gpt.py \|( [\d.]+ \+ -?[\d.]+ \|){3} [\d.]+ \| \S+ \|", row)
+    cells = rf"( [\d.]+ \+ -?[\d.]+ \|){{{len(sizes)}}} [\d.]+ \| \S+ \|"
+    assert re.fullmatch(rf"\| train_gpt.py \|{cells}", row)
     assert float(row.split()[-2]) < 1e-5
 
 
@@ -165,14 +174,17 @@ def test_flash_attention_sees_what_banded_attention_sees(monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
-def test_plan_names_the_slices_for_each_card():
-    result = command("plan.py")
-    assert result.returncode == 0, result.stderr
-    needs = {
-        int(n): float(gb) for n, gb in re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", result.stdout, re.MULTILINE)
-    }
+def test_plan_names_the_slices_for_each_card(monkeypatch, capsys):
+    import plan
+
+    monkeypatch.setattr(train_gpt, "PRESETS", recipe.PRESETS)
+    monkeypatch.setattr(sys, "argv", ["plan.py"])
+    plan.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", printed, re.MULTILINE)
+    needs = {int(slices): float(gigabytes) for slices, gigabytes in rows}
     assert sorted(needs) == [8, 16, 32, 64] and sorted(needs.values(), reverse=True) == list(needs.values())
-    for card, slices in re.findall(r"^(\d+) GB: --slices (\d+)$", result.stdout, re.MULTILINE):
+    for card, slices in re.findall(r"^(\d+) GB: --slices (\d+)$", printed, re.MULTILINE):
         assert needs[int(slices)] <= 0.9 * int(card)
         assert slices == "8" or needs[int(slices) // 2] > 0.9 * int(card)
     assert command("plan.py", "--slicez", "8").returncode == 2

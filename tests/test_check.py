@@ -1,7 +1,8 @@
 """`logbook.py check`: the script of this repository passes, and every kind of cheat is caught by its own check.
 
-A cheat is a copy of train_gpt.py in which short snippets are replaced. Most are judged by records/legality.py, which
-`check` starts, in processes forked from one that has imported PyTorch already.
+A cheat is a copy of train_gpt.py, with the recipe's tables, in which short snippets are replaced.
+Most are judged by records/legality.py, which `check` starts, in processes forked from one that has
+imported PyTorch already.
 """
 
 import json
@@ -11,20 +12,30 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import legality
 import logbook as program
+import recipe
 from test_command_line import LOGBOOK, ROOT, SCRIPT, command, data, launcher, only_log, small  # noqa: F401 (fixtures)
 from test_logbook import header, logbook, mistake, write
 
 LEGALITY = ROOT / "records" / "legality.py"
 
 
+TABLES = re.compile(r"^RECORD_LAYERS = \(\n.*?^PRESETS = {\n.*?^}\n", re.MULTILINE | re.DOTALL)
+
+
 def edited(path, *edits):
-    """A copy of train_gpt.py with each (old, new) replaced; every old one must be there just once."""
-    text = SCRIPT.read_text()
+    """A copy of train_gpt.py with the tables of recipe.py, and with each (old, new) replaced.
+
+    Every old one must be there just once.
+    """
+    (tables,) = TABLES.findall(Path(recipe.__file__).read_text())
+    text, count = TABLES.subn(lambda _: tables, SCRIPT.read_text())
+    assert count == 1
     for old, new in edits:
         assert text.count(old) == 1, f"{text.count(old)} times in train_gpt.py: {old}"
         text = text.replace(old, new)

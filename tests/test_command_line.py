@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 
+import recipe
 import shards
 import train_gpt as program
 
@@ -42,11 +43,16 @@ BOS = 256
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "32", "--heads", "2", "--bigram-dim", "16")
 VALIDATION = ("--val-tokens", "2048", "--val-seq-len", "1024")
 
+# The presets of recipe.py, whatever the tables of train_gpt.py say.
+RECIPE = """
+import sys
+import recipe, train_gpt
+train_gpt.PRESETS.update(recipe.PRESETS)
+"""
 # What a small run does before `main`: batches of 1,024 tokens in place of tiny's 8,192.
-SMALL = """
-import dataclasses, os, signal, sys, time
+SMALL = RECIPE + """
+import dataclasses, os, signal, time
 import torch
-import train_gpt
 
 def all_stages(**changes):
     for name, preset in train_gpt.PRESETS.items():
@@ -162,7 +168,8 @@ class Launcher:
     def __init__(self):
         self.temporary = tempfile.TemporaryDirectory()
         self.folder, self.count = Path(self.temporary.name), 0
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.environment = {name: text for name, text in environment.items() if name != "RANK"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], env=self.environment, **pipes)
@@ -229,9 +236,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def command(launcher, data, tmp_path):
-    """Runs `train_gpt.py --preset tiny …` on the shards, in an empty folder, and returns what came of it."""
+    """Runs `train_gpt.py --preset tiny …` on the shards, in an empty folder, and returns what came of it.
 
-    def run(*arguments, script=SCRIPT, preset="tiny", cwd=tmp_path, wait=True, **how):
+    Its presets are the recipe's.
+    """
+
+    def run(*arguments, script=RECIPE + MAIN, preset="tiny", cwd=tmp_path, wait=True, **how):
         files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
         options = ("--preset", preset, "--vocab-size", "257", "--bos-id", "256", *MODEL, *VALIDATION, *files)
         running = launcher.start(script, *options, *arguments, cwd=cwd, **how)
@@ -387,7 +397,7 @@ def test_slices_that_do_not_divide_are_answered_with_the_nearest_that_do(command
 
 @pytest.mark.parametrize("slices, world_size, works", [(4, 8, {"8"}), (6, 4, {"4", "8"}), (9, 2, {"8"})])
 def test_slices_that_the_processes_do_not_divide_are_answered_too(slices, world_size, works):
-    settings = replace(program.PRESETS["tiny"], slices=slices)
+    settings = replace(recipe.TINY, slices=slices)
     with pytest.raises(program.UserError) as error:
         program.check_settings(settings, world_size)
     text = str(error.value)
@@ -400,11 +410,11 @@ def test_slices_that_the_processes_do_not_divide_are_answered_too(slices, world_
 
 def test_number_of_processes_that_divides_no_batch_is_answered_with_the_nearest_that_does():
     with pytest.raises(program.UserError) as error:
-        program.check_settings(program.PRESETS["tiny"], 3)
+        program.check_settings(recipe.TINY, 3)
     assert re.findall(r"[\d,]*\d", str(error.value))[:3] == ["8,192", "4", "3"]
     assert {"2", "4"} & set(re.findall(r"\d+", str(error.value).partition("divide")[2]))
     for world_size in (1, 2, 4):
-        program.check_settings(program.PRESETS["tiny"], world_size)
+        program.check_settings(recipe.TINY, world_size)
 
 
 def test_validation_that_is_no_whole_number_of_sequences_is_answered_with_the_nearest_that_is(small, tmp_path):
@@ -736,11 +746,27 @@ class Example:
         return self.folder / "logs" / "example.txt"
 
 
+STAGES = program.PRESETS["tiny"].all_stages
+STEPS = max(5, len(STAGES))  # of a run with the schedule of train_gpt.py: at least one a stage
+
+
+@pytest.fixture(scope="session")
+def enough(tmp_path_factory):
+    """Options that name data for a few steps of preset tiny, however large its batches are."""
+    folder = tmp_path_factory.mktemp("enough")
+    tokens = 5 * max(stage.batch_tokens for stage in STAGES)
+    shards.write_shard(folder / "x_train_000001.bin", random_documents(1, tokens))
+    shards.write_shard(folder / "x_train_000002.bin", random_documents(2, tokens))
+    shards.write_shard(folder / "x_val_000000.bin", random_documents(3, 3000))
+    files = "--train-files", folder / "x_train_*.bin", "--val-files", folder / "x_val_*.bin"
+    return *files, "--epochs", str(STEPS)
+
+
 @pytest.fixture(scope="module")
-def example(tmp_path_factory, data):
+def example(tmp_path_factory, enough):
     folder = tmp_path_factory.mktemp("example")
-    options = (*MODEL, *VALIDATION, "--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
-    arguments = ("--preset", "tiny", *options, "--steps", "5", "--val-every", "2", "--seed", "7", "--run-id", "example")
+    steps = ("--steps", STEPS, "--val-every", "2", "--seed", "7", "--run-id", "example")
+    arguments = ("--preset", "tiny", *MODEL, *VALIDATION, *enough, *steps)
     begin = time.monotonic()
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
@@ -754,7 +780,10 @@ def example(tmp_path_factory, data):
     return Example(folder, result, time.monotonic() - begin)
 
 
-STEP = re.compile(r"step:(\d+)/5 (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d{2})ms")
+STEP = re.compile(
+    rf"step:(\d+)/{STEPS} (train|val)_loss:(\d+\.\d{{4}})"
+    r" train_time:(\d+)ms step_avg:(\d+\.\d{2})ms"
+)
 
 
 def test_log_begins_with_the_source_and_its_hash(example):
@@ -764,7 +793,7 @@ def test_log_begins_with_the_source_and_its_hash(example):
     assert log[len(source) :].startswith(f"{RULE}\nsource: {len(source)} bytes, sha256 {digest}\n".encode())
 
 
-def test_log_names_environment_settings_and_data_in_order(example, data):
+def test_log_names_environment_settings_and_data_in_order(example, enough):
     header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode().split(f"{RULE}\n")[1].splitlines()
     keys = ["source", "python", "pytorch", "cuda", "triton", "hardware", "world size", "git", "settings"]
     assert [line.partition(": ")[0] for line in header] == [*keys, "data", "data", "data"]
@@ -774,17 +803,20 @@ def test_log_names_environment_settings_and_data_in_order(example, data):
     assert values["cuda"] == (torch.version.cuda or "none")
     assert values["hardware"].endswith(f", {os.cpu_count()} cores") and len(values["hardware"]) > 12
     assert values["world size"] == "1"
+    folder = enough[1].parent
+    tokens = 5 * max(stage.batch_tokens for stage in STAGES)
+    counts = tokens, tokens, 3000
     paths = ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin")
     assert header[len(keys) :] == [
-        f"data: {path.split('_')[1]} {data / path} {count} tokens"
-        for path, count in zip(paths, ("40,000", "40,000", "3,000"))
+        f"data: {path.split('_')[1]} {folder / path} {count:,} tokens"
+        for path, count in zip(paths, counts, strict=True)
     ]
     settings = json.loads(values["settings"])
     assert {name: settings[name] for name in ("preset", "steps", "seed", "dtype", "val_every", "slices")} == {
-        "preset": "tiny", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
+        "preset": "tiny", "steps": STEPS, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
     }  # fmt: skip
-    assert settings["model"]["dim"] == 32 and settings["train_files"] == str(data / "x_train_*.bin")
-    assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == 5
+    assert settings["model"]["dim"] == 32 and settings["train_files"] == str(enough[1])
+    assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == STEPS
 
 
 def test_log_names_the_commit_and_whether_it_was_dirty(example):
@@ -806,10 +838,12 @@ def test_log_has_every_step_and_validates_at_0_at_every_val_every_and_at_the_end
     lines = log_lines(example.folder)
     steps = [STEP.fullmatch(line) for line in lines[:-1]]
     assert all(steps), lines
-    assert [(int(step[1]), step[2]) for step in steps] == [
-        (0, "val"), (1, "train"), (2, "train"), (2, "val"), (3, "train"), (4, "train"), (4, "val"), (5, "train"),
-        (5, "val"),
-    ]  # fmt: skip
+    expected = [(0, "val")]
+    for step in range(1, STEPS + 1):
+        expected.append((step, "train"))
+        if step % 2 == 0 or step == STEPS:
+            expected.append((step, "val"))
+    assert [(int(step[1]), step[2]) for step in steps] == expected
     assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", lines[-1])
     assert 50 < int(lines[-1].split()[3]) < 20_000
     times = [int(step[4]) for step in steps]
@@ -819,8 +853,11 @@ def test_log_has_every_step_and_validates_at_0_at_every_val_every_and_at_the_end
     assert times[-1] / 1000 < example.seconds
 
 
-def test_losses_begin_at_that_of_a_uniform_guess_and_fall(example):
-    losses = [float(step[3]) for step in map(STEP.match, log_lines(example.folder)) if step and step[2] == "val"]
+def test_losses_begin_at_that_of_a_uniform_guess_and_fall(command, tmp_path):
+    assert command("--steps", "5", "--val-every", "2", "--seed", "7").returncode == 0
+    log = "\n".join(log_lines(tmp_path))
+    losses = [float(loss) for loss in re.findall(r"^step:\d/5 val_loss:(\S+)", log, re.MULTILINE)]
+    assert len(losses) == 4
     assert losses == sorted(losses, reverse=True)
     # At first every token has nearly the same logit: the loss is the logarithm of the padded vocabulary.
     assert abs(losses[0] - np.log(384)) < 0.05
@@ -843,8 +880,8 @@ def test_logbook_reads_the_log(example):
     (run,) = json.loads(result.stdout)
     last = STEP.fullmatch(log_lines(example.folder)[-2])
     expected = {
-        "total_steps": 5,
-        "final_step": 5,
+        "total_steps": STEPS,
+        "final_step": STEPS,
         "val_loss": float(last[3]),
         "train_time_ms": float(last[4]),
         "step_avg_ms": float(last[5]),
@@ -989,7 +1026,8 @@ def test_every_field_can_be_set(launcher):
             assert [value_in(changed, name) for name in others] == [value_in(settings, name) for name in others]
 
 
-def test_steps_shrink_all_stages_in_proportion_and_count_the_extension():
+def test_steps_shrink_all_stages_in_proportion_and_count_the_extension(monkeypatch):
+    monkeypatch.setattr(program, "PRESETS", recipe.PRESETS)
     for preset, steps in (("tiny", 49), ("record", 139), ("tiny", 4), ("record", 2780)):
         settings, _ = program.parse_arguments(["--preset", preset, "--steps", str(steps)])
         old = [stage.steps for stage in program.PRESETS[preset].all_stages]
@@ -1025,6 +1063,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path)
         assert re.search(row, result.stdout, re.MULTILINE), row
 
 
+@pytest.mark.recipe
 def test_dry_run_of_the_record_has_the_recipes_totals(launcher, tmp_path):
     text = launcher.start(SCRIPT, "--dry-run", cwd=tmp_path).wait().stdout
     assert f"training tokens: {RECORD_TOKENS / 1e6:.1f}M" in text and "365.7M" in text
@@ -1083,6 +1122,9 @@ def snapshot(thing):
 
 @pytest.mark.parametrize("steps_before", [0, 5], ids=["before the first step", "after some steps"])
 def test_warm_up_leaves_no_trace(steps_before, monkeypatch):
+    # The network of train_gpt.py, and the schedule of recipe.py.
+    tiny = replace(recipe.TINY, model=program.PRESETS["tiny"].model)
+    monkeypatch.setitem(program.PRESETS, "tiny", tiny)
     settings, _ = program.parse_arguments(["--preset", "tiny", *MODEL, "--steps", "8", "--val-seq-len", "256"])
     shrink = [replace(stage, batch_tokens=512) for stage in (*settings.stages, settings.extension)]
     settings = replace(settings, stages=tuple(shrink[:-1]), extension=shrink[-1])

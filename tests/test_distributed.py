@@ -20,7 +20,17 @@ import torch
 import torch.distributed.run
 
 import shards
-from test_command_line import MAIN, ROOT, RULE, SMALL, VALIDATION, random_documents, shared_launcher
+from test_command_line import (  # noqa: F401 (a fixture)
+    MAIN,
+    ROOT,
+    RULE,
+    SMALL,
+    STEPS,
+    VALIDATION,
+    enough,
+    random_documents,
+    shared_launcher,
+)
 
 # 48 is a multiple of 2, 3 and 4; with 3 processes every bank is padded.
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "48", "--heads", "2", "--bigram-dim", "16")
@@ -373,7 +383,7 @@ def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, torchrun, 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_nodes_have_the_losses_of_one_with_as_many_processes(files, tmp_path):
+def test_two_nodes_have_the_losses_of_one_with_as_many_processes(enough, tmp_path):  # noqa: F811
     """Two agents that meet over the loopback, through run.sh."""
 
     def node(name, **environment):
@@ -381,7 +391,7 @@ def test_two_nodes_have_the_losses_of_one_with_as_many_processes(files, tmp_path
         folder.mkdir()
         for file in ("run.sh", "setup.sh", "train_gpt.py", "requirements.txt"):
             shutil.copy(ROOT / file, folder)
-        options = ("--preset", "tiny", *MODEL, *VALIDATION, *map(str, files), "--steps", "4")
+        options = ("--preset", "tiny", *MODEL, *VALIDATION, *map(str, enough), "--steps", str(STEPS))
         environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.Popen(["bash", folder / "run.sh", *options], env=environment, stderr=subprocess.PIPE)
@@ -394,6 +404,8 @@ def test_two_nodes_have_the_losses_of_one_with_as_many_processes(files, tmp_path
     assert node("one", NPROC="2").wait(300) == 0
     losses = {}
     for log in tmp_path.glob("*/logs/*.txt"):
-        losses[log.parent.parent.name] = re.findall(r"^step:(\d+)/4 (\w+:\S+)", log.read_text(), re.MULTILINE)
+        losses[log.parent.parent.name] = re.findall(
+            rf"^step:(\d+)/{STEPS} (\w+:\S+)", log.read_text(), re.MULTILINE
+        )
     assert set(losses) == {"node0", "one"}
-    assert losses["node0"] == losses["one"] and len(losses["one"]) >= 6
+    assert losses["node0"] == losses["one"] and len(losses["one"]) >= STEPS + 2

@@ -18,18 +18,19 @@ import sample
 import shards
 import train_gpt
 from command import UserError
+from recipe import TINY
 from test_command_line import launcher  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=32, heads=2, bigram_dim=16)
+CONFIG = replace(TINY.model, dim=32, heads=2, bigram_dim=16)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A checkpoint of a random model of bytes."""
     torch.manual_seed(0)
-    settings = replace(train_gpt.PRESETS["tiny"], model=CONFIG)
+    settings = replace(TINY, model=CONFIG)
     model = train_gpt.GPT(CONFIG)
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)

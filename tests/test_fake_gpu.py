@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
+from dataclasses import replace
+
 import fake_cuda
 
 fake_cuda.pretend(90)
@@ -21,6 +23,7 @@ fake_cuda.pretend(90)
 import torch
 from torch._subclasses import FakeTensorMode
 
+import recipe
 import train_gpt
 
 
@@ -48,7 +51,7 @@ to_cpu = set()
 torch.cuda.current_stream, torch.cuda.Event = Stream, lambda enable_timing: None
 torch.tensor, FakeTensorMode.__torch_dispatch__ = new_tensor, dispatch
 torch.compiler.set_stance("force_eager")
-settings = train_gpt.PRESETS["tiny"]
+settings = replace(recipe.TINY, model=train_gpt.PRESETS["tiny"].model)
 world = train_gpt.World(0, 1, torch.device("cuda", 0))
 dtype = train_gpt.choose_dtype(settings, world.device)
 with fake_cuda.tensors():
@@ -81,7 +84,8 @@ def test_a_step_on_a_gpu_is_all_on_the_gpu_and_waits_for_nothing():
     pytest.importorskip("triton")
     if not shutil.which("g++"):
         pytest.skip("needs a C++ compiler")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}", "OMP_NUM_THREADS": "1"}
+    folders = f"{ROOT}:{ROOT / 'bench'}:{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     steps, waits, validation = run.stdout.splitlines()

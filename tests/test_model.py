@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from recipe import RECORD
 from train_gpt import GPT, PRESETS, Layer, ModelConfig, make_context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,9 +252,10 @@ STARTS = {
 FLOAT32 = {name for name in STARTS if "lambda" in name} | {"xsa_alphas", "mudd_bias"}
 
 
+@pytest.mark.recipe
 def test_parameters_start_as_the_recipe_says():
     torch.manual_seed(0)
-    model = GPT(replace(PRESETS["record"].model, **{**SMALL, "vocab_size": 2000, "dim": 192}), shards=8)
+    model = GPT(replace(RECORD.model, **{**SMALL, "vocab_size": 2000, "dim": 192}), shards=8)
     params = {name: p.detach() for name, p in model.named_parameters()}
     assert set(params) == set(STARTS)
     assert torch.equal(params["embed"], params["lm_head"].T)
@@ -285,14 +287,14 @@ def test_parameters_start_as_the_recipe_says():
 
 
 def test_scalars_and_the_coefficients_bias_stay_float32_in_a_bfloat16_model():
-    model = GPT(replace(PRESETS["record"].model, **SMALL), torch.bfloat16)
+    model = GPT(replace(RECORD.model, **SMALL), torch.bfloat16)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert dtypes == {name: torch.float32 if name in FLOAT32 else torch.bfloat16 for name in STARTS}
 
 
 def test_the_records_parameters_have_the_recipes_shapes():
     with torch.device("meta"):
-        model = GPT(PRESETS["record"].model, torch.bfloat16, shards=8)
+        model = GPT(RECORD.model, torch.bfloat16, shards=8)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     expected = {
         "lm_head": (768, 50304),

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_gpt as program
+from recipe import RECORD, TINY
 from train_gpt import (
     GPT,
-    PRESETS,
     Layer,
     ModelConfig,
     Optimizer,
@@ -73,7 +73,7 @@ MODEL = ModelConfig(
 )
 
 
-def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
+def settings_and_model(preset=TINY, dtype=torch.float32, shards=1, **changes):
     """Settings and a model in which no parameter is zero, except for the padding of the banks."""
     torch.manual_seed(0)
     model = GPT(MODEL, dtype, shards)
@@ -84,7 +84,7 @@ def settings_and_model(preset="tiny", dtype=torch.float32, shards=1, **changes):
                 padding[:6] = False  # MLP-out starts at zero
             p.add_(0.5 * torch.randn(p.shape))
             p[padding] = 0
-    return replace(PRESETS[preset], model=MODEL, **changes), model
+    return replace(preset, model=MODEL, **changes), model
 
 
 def float64(tensor):
@@ -350,19 +350,23 @@ class AdamInFloat64:
         self.p = self.p - update - lr**2 * self.wd * self.p * (update * self.p > 0)
 
 
+@pytest.mark.recipe
 def test_adams_table_is_the_recipes():
-    rows = {name: row for name, row in parameter_table(PRESETS["record"].model).items() if row.kind != "bank"}
+    rows = {name: row for name, row in parameter_table(RECORD.model).items() if row.kind != "bank"}
     mine = {name: (row.betas, row.lr, row.wd, row.kind == "table") for name, row in rows.items()}
     assert {name: mine[name] for name in ADAM} == ADAM
     assert set(mine) - set(ADAM) == set(), "rows to compare with the recipe, and to add to this test's table"
 
 
 def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_float64_computation():
-    stages = tuple(replace(stage, tied=False, lr=1.5) for stage in PRESETS["tiny"].stages)
+    stages = tuple(replace(stage, tied=False, lr=1.5) for stage in TINY.stages)
     settings, model = settings_and_model(stages=stages, adam_wd=1.0)  # two hundred times the real one, to be seen
     optimizer = Optimizer(model, settings)
     params = {name: p for name, p in model.named_parameters() if name not in BANKS}
-    references = {name: AdamInFloat64(float64(p), ADAM[name][0], ADAM[name][2] * 1.0) for name, p in params.items()}
+    rows = model.table
+    references = {}
+    for name, p in params.items():
+        references[name] = AdamInFloat64(float64(p), rows[name].betas, rows[name].wd * 1.0)
     sums = dict.fromkeys(params, 0.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(14):
@@ -378,7 +382,7 @@ def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_flo
                 assert torch.equal(p, before[name]) and p.grad is not None
                 continue
             assert p.grad is None
-            references[name].step(sums[name], 0.008 * 1.5 * ADAM[name][1])
+            references[name].step(sums[name], 0.008 * 1.5 * rows[name].lr)
             # Not by much more than float32 rounds, in steps of this learning rate.
             error = abs(float64(p) - references[name].p) / (abs(references[name].p) + 1)
             assert error.max() <= 1e-5, name
@@ -391,7 +395,7 @@ def test_a_model_whose_only_value_embedding_is_the_mudd_layers_has_no_parameter_
     tokens = torch.randint(100, (33,), generator=torch.Generator().manual_seed(0))
     model(tokens[:-1], tokens[1:], program.make_context(config, 32, (8, 16), model.embed)).backward()
     assert all(p.grad is not None and p.numel() for p in model.parameters())
-    Optimizer(model, replace(PRESETS["tiny"], model=config)).step(schedule(PRESETS["tiny"], 1))
+    Optimizer(model, replace(TINY, model=config)).step(schedule(TINY, 1))
 
 
 def test_adams_weight_decay_spares_weights_that_the_update_grows():
@@ -404,13 +408,15 @@ def test_adams_weight_decay_spares_weights_that_the_update_grows():
 
 
 def test_adam_rounds_bfloat16_parameters_to_nearest_and_keeps_float32_moments():
-    settings, model = settings_and_model(dtype=torch.bfloat16, stages=(replace(PRESETS["tiny"].stages[0], tied=False),))
+    untied = replace(TINY.stages[0], tied=False)
+    settings, model = settings_and_model(dtype=torch.bfloat16, stages=(untied,))
     optimizer = Optimizer(model, settings)
     name = "lm_head"
     p = model.get_parameter(name)
     assert p.dtype == torch.bfloat16
     assert all(state.dtype == torch.float32 for state in optimizer.state[name].values())
-    reference = AdamInFloat64(float64(p), ADAM[name][0], ADAM[name][2] * 0.005)
+    row = model.table[name]
+    reference = AdamInFloat64(float64(p), row.betas, row.wd * 0.005)
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         for each in model.parameters():
@@ -418,7 +424,7 @@ def test_adam_rounds_bfloat16_parameters_to_nearest_and_keeps_float32_moments():
         grad = float64(p.grad)
         optimizer.step(schedule(settings, step))
         if step % 2:
-            reference.step(grad, 0.008)
+            reference.step(grad, 0.008 * row.lr)
             # Half a unit in the last of 8 places; a little more, for the ties that float32 decides.
             unit = 2.0 ** (np.floor(np.log2(abs(reference.p))) - 7)
             assert (abs(float64(p) - reference.p) <= 0.501 * unit).all()
@@ -431,10 +437,11 @@ def test_adam_rounds_bfloat16_parameters_to_nearest_and_keeps_float32_moments():
 
 
 def test_embed_is_the_heads_transpose_up_to_step_921_and_goes_on_with_its_moments_from_step_923():
-    settings, model = settings_and_model("record")
+    settings, model = settings_and_model(RECORD)
     optimizer = Optimizer(model, settings)
     head, embed = model.lm_head, model.embed
-    reference = AdamInFloat64(float64(head), (0.5, 0.95), 150 * 0.005)
+    row = model.table["lm_head"]
+    reference = AdamInFloat64(float64(head), row.betas, row.wd * 0.005)
     embed_reference = None
     generator = torch.Generator().manual_seed(0)
     for step in range(912, 930):
@@ -448,7 +455,7 @@ def test_embed_is_the_heads_transpose_up_to_step_921_and_goes_on_with_its_moment
             assert torch.equal(head, before[0]) and torch.equal(embed, before[1])
             continue
         t = step - 552  # the learning rate falls from step 552 on, in 828 steps, and stage 3's is 1.73, not 1.52
-        lr = 0.008 * ((1 - t / 828) * (1.52 if step < 920 else 1.73) + 0.15 * t / 828)
+        lr = 0.008 * row.lr * ((1 - t / 828) * (1.52 if step < 920 else 1.73) + 0.15 * t / 828)
         if step <= 921:
             reference.step(grads[0] + grads[1].T, lr)
             assert torch.equal(embed, head.T)
@@ -458,7 +465,7 @@ def test_embed_is_the_heads_transpose_up_to_step_921_and_goes_on_with_its_moment
             assert np.abs(float64(embed) - embed_reference.p).max() <= 1e-5
             assert not torch.isclose(embed, head.T).all(dim=0).any()
         if step == 921:
-            embed_reference = AdamInFloat64(reference.p.T, (0.5, 0.95), 150 * 0.005)
+            embed_reference = AdamInFloat64(reference.p.T, row.betas, row.wd * 0.005)
             embed_reference.m, embed_reference.v, embed_reference.t = reference.m.T, reference.v.T, reference.t
         assert np.abs(float64(head) - reference.p).max() <= 1e-5
     assert (reference.t, embed_reference.t) == (9, 9)

@@ -194,6 +194,7 @@ def test_readmes_techniques_have_the_ablations_numbers(readme):
         assert re.fullmatch(r"\d+(, \d+)*", numbers)
 
 
+@pytest.mark.recipe
 def test_readmes_memory_is_that_of_the_plan(readme, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py"])
     plan.main()

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from train_gpt import PRESETS, UserError, parse_arguments, schedule, with_steps
-
-RECORD = PRESETS["record"]
+import recipe
+from recipe import RECORD
+from train_gpt import UserError, schedule, with_steps
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,14 @@ def test_the_stages_begin_and_end_where_the_recipe_says(first, last, batch_token
 
 
 def test_the_final_validation_has_windows_of_its_own():
-    assert (RECORD.val_short_window, RECORD.val_long_window) == (768, 2560)
+    assert schedule(RECORD, 1390).stage.windows == (768, 2560)
 
 
 def test_adam_runs_on_odd_steps():
     assert [step for step in range(9) if schedule(RECORD, step).adam] == [1, 3, 5, 7]
 
 
+@pytest.mark.recipe
 def test_dry_run_prints_the_totals_of_the_recipe(train_gpt, tmp_path):
     plan = train_gpt("--preset", "record", "--dry-run")
     assert plan.returncode == 0, plan.stderr
@@ -87,8 +88,7 @@ def lengths(settings):
 
 
 def test_200_steps_share_out_like_1390():
-    short, dry_run = parse_arguments(["--preset", "record", "--steps", "200"])
-    assert not dry_run
+    short = with_steps(RECORD, 200)
     assert lengths(short) == [66, 66, 67, 1]  # the stages end at 66.2, 132.4, 198.6 and 200
     assert (short.momentum_warmup, short.momentum_cooldown) == (43, 7)  # of 43.2 and 7.2
 
@@ -106,9 +106,9 @@ def test_fewer_steps_than_stages_are_refused():
         with_steps(RECORD, 3)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", recipe.PRESETS)
 def test_any_number_of_steps_is_met_exactly_and_leaves_no_stage_empty(preset):
-    full = PRESETS[preset]
+    full = recipe.PRESETS[preset]
     ends = list(itertools.accumulate(lengths(full)))
     for steps in (*range(4, 120), 200, 489, 1000, 1390, 1391, 5000):
         short = with_steps(full, steps)

@@ -14,6 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 import train_gpt as t
+from recipe import TINY
 from dataclasses import replace
 
 torch.compiler.set_stance("force_eager")
@@ -26,8 +27,8 @@ def reduced(optimizer, grad):
     return optimizer.finish_reduction(optimizer.launch_reduction("bigram_table"))
 
 for dtype in (torch.float32, torch.bfloat16):
-    config = replace(t.PRESETS["tiny"].model, dim=32, heads=4, bigram_dim=8)
-    settings = replace(t.PRESETS["tiny"], model=config, slices=size)
+    config = replace(TINY.model, dim=32, heads=4, bigram_dim=8)
+    settings = replace(TINY, model=config, slices=size)
     torch.manual_seed(0)
     model = t.GPT(config, dtype, size)
     context = t.make_context(config, 192, (32, 64), model.embed)
@@ -64,7 +65,7 @@ def test_sparse_and_dense_exchange_of_the_bigram_gradient_give_the_mean(processe
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "worker.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

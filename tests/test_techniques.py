@@ -10,6 +10,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+import recipe
+from recipe import RECORD, TINY
 from reference_gpt import ReferenceGPT, bigram_row, cross_entropy, norm, objective, sign_row, wrapped
 from train_gpt import (
     GPT,
@@ -27,7 +29,6 @@ from train_gpt import (
     token_losses,
 )
 
-RECORD, TINY = PRESETS["record"], PRESETS["tiny"]
 SWITCHES = [f.name for f in fields(ModelConfig) if f.type is bool]
 PLAIN = dict.fromkeys(SWITCHES, False)
 VARIANTS = {
@@ -163,6 +164,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.recipe
 def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_betas_and_multipliers(train_gpt):
     plan = train_gpt("--dry-run", "--preset", "record")
     assert plan.returncode == 0, plan.stderr
@@ -181,34 +183,21 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
     assert lines[total].split()[1] == "490,907,991"
 
 
-def test_the_records_layers_are_those_of_the_recipe():
-    rows = [
-        # attention, paired, window, value embedding, what attention reads, XSA, skip, MUDD
-        (True, True, "short", None, None, False, None, None),
-        (True, False, "short", 0, None, True, None, None),
-        (True, True, "short", 1, None, False, None, None),
-        (True, False, "long", None, None, True, None, None),
-        (True, False, "short", None, None, True, None, None),
-        (True, True, "short", None, None, False, None, None),
-        (False, False, "short", None, None, False, 3, None),
-        (True, False, "short", None, None, True, None, None),
-        (True, False, "short", 2, 7, True, None, None),
-        (True, True, "short", 3, 7, False, None, None),
-        (True, False, "long", 4, 7, True, None, (7, 9, 3)),  # cache7, cache9 and cache3
-    ]
-    names = "attention", "paired_heads", "window", "value_embeds", "single_input", "xsa", "skip", "mudd"
-    assert [tuple(getattr(layer, name) for name in names) for layer in RECORD.model.layers] == rows
+@pytest.mark.recipe
+def test_the_presets_are_those_of_the_recipe():
+    assert PRESETS == recipe.PRESETS
     assert all(getattr(RECORD.model, name) for name in SWITCHES)
-    assert (RECORD.model.attention_scale, RECORD.model.bigram_rows, RECORD.model.bigram_dim) == (0.1, 15, 192)
 
 
+@pytest.mark.recipe
 def test_tiny_is_a_small_model_with_every_technique_on():
-    assert all(getattr(TINY.model, name) for name in SWITCHES)
+    tiny = PRESETS["tiny"].model
+    assert all(getattr(tiny, name) for name in SWITCHES)
     with torch.device("meta"):
-        names = [set(dict(GPT(preset.model).named_parameters())) for preset in (RECORD, TINY)]
+        names = [set(dict(GPT(preset.model).named_parameters())) for preset in PRESETS.values()]
     assert names[0] == names[1] == set(PARAMETERS)
     # These add no parameter.
-    layers = TINY.model.layers
+    layers = tiny.layers
     assert {(layer.attention, layer.paired_heads) for layer in layers} == {(True, False), (True, True), (False, False)}
     assert {layer.window for layer in layers} == {"short", "long"}
     assert any(layer.single_input is not None for layer in layers)
@@ -226,6 +215,7 @@ def fresh():
     return GPT(replace(RECORD.model, vocab_size=1000, bos_id=999, dim=192, bigram_rows=2, bigram_dim=48))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("name", "std"), [("lm_head", 0.005), ("value_embeds", 0.01)])
 def test_tables_start_normal(fresh, name, std):
     values = getattr(fresh, name).detach().double().flatten()
@@ -239,6 +229,7 @@ def test_embed_starts_as_the_transposed_head(fresh):
     assert torch.equal(fresh.embed, fresh.lm_head.T)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("name", "bound"),
     [
@@ -258,6 +249,7 @@ def test_matrices_start_uniform(fresh, name, bound):
         assert (values.abs() < bound / 2).double().mean() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("name", "start"),
     [
@@ -287,6 +279,7 @@ def test_mlp_out_starts_at_zero(fresh):
     assert not fresh.mlp_bank[1::2].any()
 
 
+@pytest.mark.recipe
 def test_mudds_coefficients_start_at_the_values_without_it():
     mu = [0.0] * 19  # 14 before the layer, 5 after the last one
     mu[6] = mu[7] = 2  # gates of the value embedding
@@ -327,9 +320,10 @@ def test_losses_equal_the_references(variant):
     assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("preset", [RECORD, TINY], ids=lambda preset: preset.preset)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_losses_of_a_presets_table_equal_the_references(preset):
-    config = replace(preset.model, vocab_size=61, bos_id=BOS, dim=8 * preset.model.heads, bigram_dim=20)
+    config = PRESETS[preset].model
+    config = replace(config, vocab_size=61, bos_id=BOS, dim=8 * config.heads, bigram_dim=20)
     model = random_model(config)
     assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
 
@@ -664,7 +658,10 @@ def plain_gpt(config, p, tokens, targets, windows):
     return torch.nn.functional.cross_entropy(z, targets, reduction="none")
 
 
-@pytest.mark.parametrize("layers", [SMALL.layers, RECORD.model.layers], ids=["small", "record"])
+TABLES = {"small": SMALL.layers, **{name: preset.model.layers for name, preset in PRESETS.items()}}
+
+
+@pytest.mark.parametrize("layers", TABLES.values(), ids=TABLES)
 def test_without_any_technique_the_losses_are_those_of_a_plain_gpt(layers):
     model = random_model(replace(SMALL, layers=layers, **PLAIN))
     assert len(inspect.getsource(plain_gpt).splitlines()) <= 40
@@ -718,7 +715,7 @@ def test_a_switch_removes_its_parameters_and_changes_the_loss(name):
     assert change > 0.01 if changes_loss else change < TOLERANCE
 
 
-@pytest.mark.parametrize("preset", [RECORD, TINY], ids=lambda preset: preset.preset)
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_command_line_switches_off_one_technique_of_the_model(preset, name):
     arguments = ["--preset", preset.preset, f"--{name.replace('_', '-')}", "false"]
@@ -728,10 +725,10 @@ def test_the_command_line_switches_off_one_technique_of_the_model(preset, name):
 
 
 def record_without(name):
-    """The record with one switch of its settings off, from the command line."""
+    """The recipe's record with one switch of its settings off, as the command line has it."""
     settings, _ = parse_arguments(["--preset", "record", f"--{name.replace('_', '-')}", "false"])
-    assert settings == replace(RECORD, **{name: False})
-    return settings
+    assert settings == replace(PRESETS["record"], **{name: False})
+    return replace(RECORD, **{name: False})
 
 
 def test_without_yarn_frequencies_and_scale_stay():

@@ -13,6 +13,7 @@ import pytest
 
 import ablate
 import command
+import recipe
 import runs
 import track
 import train_gpt
@@ -117,6 +118,7 @@ def trained(monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_log(path, 1.5, [100], preset=settings.preset, seed=settings.seed)
 
+    monkeypatch.setattr(train_gpt, "PRESETS", recipe.PRESETS)
     monkeypatch.setattr(ablate, "train", train)
     return made
 
@@ -327,6 +329,6 @@ def test_every_record_of_the_track_has_options_that_exist():
 
 
 def test_tokens_of_a_run_come_from_its_log(tmp_path):
-    settings, _ = train_gpt.parse_arguments(["--preset", "tiny", "--steps", "37"])
+    settings = train_gpt.with_steps(recipe.TINY, 37)
     (tmp_path / "x.txt").write_text(f"source\nsettings: {json.dumps(asdict(settings))}\n")
     assert track.tokens_of(tmp_path / "x.txt") == 37 * 8192

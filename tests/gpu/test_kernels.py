@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import recipe
 import train_gpt
 
 triton = pytest.importorskip("triton")
@@ -281,7 +282,7 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
     Gradients of some scalars nearly cancel, so that bf16 alone leaves little of them: where bf16
     without kernels is off by more, the kernels may be off by twice as much.
     """
-    config = replace(train_gpt.PRESETS["tiny"].model, dim=96, heads=4, bigram_dim=16)
+    config = replace(recipe.TINY.model, dim=96, heads=4, bigram_dim=16)
     exact = train_gpt.GPT(config)
     rounded = train_gpt.GPT(config, BF16)
     model = train_gpt.GPT(config, BF16, kernels=True, fp8=fp8)

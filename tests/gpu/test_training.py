@@ -4,14 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import recipe
 import shards
 import train_gpt
+from test_command_line import MAIN, RECIPE
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -32,8 +35,9 @@ def files(tmp_path_factory):
 
 def losses(folder: Path, files, *options, **environment) -> dict[tuple[str, str], float]:
     folder.mkdir()
-    command = [sys.executable, str(ROOT / "train_gpt.py"), "--preset", "tiny", "--steps", "16", *files, *options]
-    command += ["--val-tokens", "16384", "--val-every", "4"]
+    command = [sys.executable, "-c", RECIPE + MAIN, "--preset", "tiny", "--steps", "16"]
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    command += [*files, *options, "--val-tokens", "16384", "--val-every", "4"]
     run = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = re.findall(r"^step:(\d+)/16 (\w+):(\S+)", run.stdout, re.MULTILINE)
@@ -54,7 +58,7 @@ def test_losses_are_those_of_the_cpu(files, tmp_path):
 
 
 def test_a_step_does_not_wait_for_the_device_and_compiles_nothing():
-    settings = train_gpt.PRESETS["tiny"]
+    settings = replace(recipe.TINY, model=train_gpt.PRESETS["tiny"].model)
     world = train_gpt.World(0, 1, CUDA)
     model, objective, optimizer = train_gpt.build(settings, world)
     train_gpt.warm_up(settings, model, objective, optimizer, world)

@@ -138,7 +138,7 @@ class ModelConfig:
     column: with `--xsa false` no layer has XSA, whatever the table says (see `rows`).
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # the network's table
     # Sizes.
     vocab_size: int = setting(50257, "tokens of the vocabulary (inside, a multiple of 128)", low=1)
     bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
@@ -187,9 +187,9 @@ class ModelConfig:
 class Settings:
     """A whole run: model, schedule, data, and the scalars of optimizer and training."""
 
-    preset: str
+    preset: str  # names the experiment in the log
     model: ModelConfig
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...]  # the schedule's table
     extension: Stage  # more steps, at the final learning rate
     # Data and validation.
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "training shards, a pattern")
@@ -1355,7 +1355,9 @@ def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) 
 # One packed sequence at a time: x is (T, D), without a batch axis. Matrices lie in banks
 # (n, rows, cols), so that each rank's optimizer has a whole number of them.
 
-VAL_CHUNK = 4096  # rows of logits at a time in validation
+# Rows of logits at a time in validation: those of a whole sequence, 262,144 x 50,304, would take
+# 53 GB in float32.
+VAL_CHUNK = 4096
 
 
 class Context(NamedTuple):
@@ -1586,7 +1588,7 @@ class GPT(nn.Module):
             signs = torch.randint(2, (8192, config.bigram_dim), generator=generator, device="cpu")
             signs = (2 * signs - 1).to(dtype)
         self.register_buffer("bigram_signs", signs)
-        # The layers whose output something later reads.
+        # The layers whose output something later reads; others' are not kept alive.
         self.kept = set()
         for row in self.rows:
             self.kept.update((row.single_input, row.skip, *(row.mudd or ())))
@@ -1602,6 +1604,7 @@ class GPT(nn.Module):
         """The cross-entropy in nats of each token (T,), float32: what validation measures."""
         x = self.stream(inputs, context)
         weight = torch.ones(1, device=inputs.device)
+        # In float32 from the logits on, with unquantized weights.
         losses = []
         for rows, row_targets in zip(x.split(VAL_CHUNK), targets.split(VAL_CHUNK)):
             losses.append(token_losses(rows, self.lm_head, row_targets, weight, torch.float32))
@@ -1625,6 +1628,7 @@ class GPT(nn.Module):
         mudd_sources = None
 
         for i, (row, w, mix) in enumerate(zip(self.rows, layers, mixes)):
+            # What is added to v, and to the residual stream after attention.
             added = value_rows.get(row.value_embeds)
             origin = x0
             if row.skip is not None:
@@ -1743,7 +1747,7 @@ class GPT(nn.Module):
         for name, row in self.table.items():
             if row is None:
                 hand_out(name, [], [])
-            elif row.layers is not None:
+            elif row.layers is not None:  # the layers' own parameters
                 hand_out(name, row.layers, getattr(self, name).to(dtype).unbind())
         return layers, self.layer_mixes(length)
 
@@ -2479,6 +2483,7 @@ def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
 
     The wishes travel with the losses so that all ranks stop after the same step.
     """
+    # Into pinned memory on CUDA, where non_blocking does not wait for the copy.
     pair = torch.stack((part, torch.full_like(part, stop)))
     if world.size > 1:
         dist.all_reduce(pair)
@@ -2488,6 +2493,7 @@ def batch_loss(part: Tensor, stop: bool, world: World) -> Tensor:
 def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> float:
     """Mean cross-entropy in nats per token over the sequences (n, length + 1), shared by ranks."""
     total = torch.zeros((), dtype=torch.float64, device=world.device)
+    # Summed in float64: ten million losses in float32 would lose digits that are reported.
     for tokens in sequences[world.rank :: world.size].to(world.device):
         losses = model.evaluate(tokens[:-1], tokens[1:].long(), context)
         total += losses.sum(dtype=torch.float64)
@@ -2998,7 +3004,7 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
     if not any(layer.attention for layer in layers):
         raise UserError("the table of layers: at least one layer must have attention")
     tables = {layer.value_embeds for layer in layers}
-    mudd_layers = []
+    mudd_layers = []  # so far
     for number, layer in enumerate(layers):
         where = f"layer {number}"
         earlier = f"must be an earlier layer, from 0 to {number - 1}"
@@ -3039,8 +3045,8 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
 
 def check_stages(settings: Settings) -> None:
     """UserError for the first row of the schedule's table that cannot work."""
-    next_targets = None
-    tied = True
+    next_targets = None  # K, of the first stage
+    tied = True  # in the stage before
     for number, stage in enumerate((*settings.stages, settings.extension), 1):
         where = f"stage {number}"
         if stage is settings.extension:
@@ -3347,6 +3353,7 @@ def main(arguments: list[str]) -> int:
             # torchrun ends all ranks with the first one that fails: rank 0 needs time to say why.
             time.sleep(10)
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # On the CPU PyTorch says so in a RuntimeError.
         if out_of_memory or "DefaultCPUAllocator" in str(error):
             slices = settings.slices
             error = UserError(

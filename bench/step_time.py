@@ -3,8 +3,8 @@
     python bench/step_time.py --preset tiny [--measure 20] [--profile 10] [any option of train_gpt.py]
 
 It needs the preset's training shards. MFU is the FLOPs of a step, from the settings, against what a large
-matmul reaches on the same device, measured on the spot. --profile adds where the time of a step goes, in each stage: by kind
-of kernel, and the kernels that take most. On the CPU operators stand for kernels.
+matmul reaches on the same device, measured on the spot. --profile adds where the time of a step goes, in
+each stage: by kind of kernel, and the kernels that take most. On the CPU operators stand for kernels.
 """
 
 import re

@@ -74,6 +74,17 @@ def jit(kernel: Callable) -> Callable:
     return triton.jit(kernel)
 
 
+class UserError(Exception):
+    """Ends the run with an exit status; the text says what is wrong and what to do.
+
+    It is all that is printed.
+    """
+
+    def __init__(self, text: str, status: int = 2):
+        super().__init__(text)
+        self.status = status
+
+
 # 1. Settings ======================================================================================
 # The experiment: a table of layers (RECORD_LAYERS), a table of stages (PRESETS), a table of
 # parameters (`parameter_table`), and the scalars. Every scalar is also an option: `--seed 7`.
@@ -126,7 +137,8 @@ class Stage:
     # Multi-token prediction [53]: the weights of the next K targets at the stage's first step and
     # after its last one; they move linearly in between. K is the same in all stages.
     mtp: tuple[tuple[float, ...], tuple[float, ...]]
-    # `embed` is the transpose of `lm_head` in the first stages, up to one that says False [51].
+    # `embed` is the transpose of `lm_head` in the first stages; the two part at the first Adam step
+    # of the first stage that says False [51].
     tied: bool = False
 
 
@@ -200,7 +212,7 @@ class Settings:
     val_short_window: int = setting(768, "short window of the final validation [33, 35]", low=1)
     val_long_window: int = setting(2560, "long window of the final validation [33, 35]", low=1)
     # Techniques of the schedule, and how it is run.
-    steps: int | None = setting(None, "steps in all; the stages share them out as before", low=1)
+    steps: int | None = setting(None, "steps in all; the stages shrink in proportion", low=1)
     yarn: bool = setting(True, "YaRN: rotary embedding stretched as windows grow [31]")
     multi_token: bool = setting(True, "multi-token prediction in training [53]")
     length_schedule: bool = setting(True, "shorter documents in the first stages [72]")
@@ -225,8 +237,8 @@ class Settings:
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
-    cooldown: float = setting(0.6, "last part of steps, when lr falls", low=0.001, high=1)
-    final_lr: float = setting(0.15, "learning rate at the end, as a part of adam_lr and muon_lr")
+    cooldown: float = setting(0.6, "last fraction of steps, when lr falls", low=0.001, high=1)
+    final_lr: float = setting(0.15, "learning rate at the end, a fraction of adam_lr and muon_lr")
     # What a run leaves.
     run_id: str = setting("", "name of the log (default: made from the date)")
     checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
@@ -279,7 +291,7 @@ RECORD_LAYERS = (
     Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
 )
 # Batches, windows and learning rates grow together: small batches make the most of early steps,
-# large ones of late steps. A larger batch bears a larger learning rate.
+# large ones of late steps. A larger batch tolerates a larger rate.
 RECORD_STAGES = (
     Stage(
         steps=460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
@@ -363,7 +375,7 @@ def constant(value: float) -> Init:
 
 
 def stored(values: tuple[float, ...], scale: float) -> Init:
-    """A vector of what gives `values` when it is multiplied by `scale`."""
+    """A vector such that `scale` times it is `values`."""
     return Init(f"values at init / {scale:g}", lambda shape, above: torch.tensor(values) / scale)
 
 
@@ -546,17 +558,6 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     return table
 
 
-class UserError(Exception):
-    """Ends the run with an exit status; the text says what is wrong and what to do.
-
-    It is all that is printed.
-    """
-
-    def __init__(self, text: str, status: int = 2):
-        super().__init__(text)
-        self.status = status
-
-
 class Hyper(NamedTuple):
     """What the schedule says about one step."""
 
@@ -622,22 +623,23 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 # 2. Kernels =======================================================================================
 # What PyTorch has no fast expression for, in Triton. Each kernel stands beside the plain PyTorch
-# of the same thing, and one function chooses between them: with `kernels`, which is true on CUDA in
-# bfloat16 (`choose_kernels`), it runs the kernel, elsewhere the plain form. To change what is
-# computed, an activation for instance, change the plain form and train with `--kernels false`; the
-# kernel can wait until the idea has proven itself. Kernels compute in float32 and round once.
+# of the same thing, and a function of each chooses between them: with `kernels`, which is true on
+# CUDA in bfloat16 (`choose_kernels`), it runs the kernel, elsewhere the plain form. (Attention goes
+# by the device alone.) To change what is computed, an activation for instance, change the plain
+# form and train with `--kernels false`; the kernel can wait until the idea has proven itself.
+# Kernels compute in float32 and round once.
 
 
 def region(body: Callable) -> Callable:
     """Compiles a function of the model by itself, for the CPU and for validation.
 
     Training on CUDA compiles the whole model as one graph; there a region is just its body. Where
-    each is compiled alone, all layers of a kind share its graph, which keeps the first step near.
+    each is compiled alone, all layers of a kind share its graph, which keeps compilation short.
 
-    PyTorch makes at most eight graphs of one piece of code, and runs what would need a ninth
-    uncompiled, with nothing more than a warning. Three training lengths, a validation and some
-    choices of options are soon more than eight. So each length of the first tensor and choice of
-    (keyword) options gets a copy of the function, whose eight graphs are its own.
+    PyTorch makes at most eight graphs of one code object (its recompile limit), and runs what would
+    need a ninth uncompiled, with nothing more than a warning. Three training lengths, a validation
+    and some choices of options are soon more than eight. So each length of the first tensor and
+    choice of (keyword) options gets a copy of the function, whose eight graphs are its own.
     """
 
     @functools.cache
@@ -786,9 +788,9 @@ def relu_squared_matmul(
     tiles = mlp_tiles(x, w)
     if tiles is not None:
         return launch_mlp_kernel(tiles, x, w, x_scale, w_scale, post=None)
-    if x_scale is None:
-        return relu_squared(x @ w.T)
-    return relu_squared(scaled_mm(x, w, x_scale, w_scale))
+    # Written out, like its gradient below: another plain form has no kernel yet.
+    pre = x @ w.T if x_scale is None else scaled_mm(x, w, x_scale, w_scale)
+    return F.relu(pre).square()
 
 
 @library.custom_op("train_gpt::relu_squared_gradient", mutates_args=())
@@ -1188,7 +1190,8 @@ def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
 
     YaRN [31] (arXiv 2309.00071) stretches the slow frequencies by the growth, so that what comes
     into the window lies at angles that the model has seen. What turns 32 times or more within the
-    old window keeps its frequency, since that is how the model tells near tokens apart.
+    old window keeps its frequency, since that is how the model tells near tokens apart. The final
+    validation's wider window is not a growth: it comes without YaRN.
     """
     frequencies = rotary_frequencies(settings.model)
     scale = settings.model.attention_scale
@@ -1231,12 +1234,13 @@ def previous(x: Tensor, begins: Tensor) -> Tensor:
 # and a document that begins within block 2:
 #
 #              keys
-#               0  1  2  3  4
+#               0  1  2  3  4  5
 #   queries  0  p                  p  partial: some pairs are allowed; each one is asked
 #            1  F  p               F  full: all pairs are allowed, none is asked
 #            2  p  p  p               (empty) no pair is allowed: skipped
 #            3        p  p
 #            4        p  F  p
+#            5        p  p  F  p        (here the window alone decides)
 #
 # Going left from the diagonal, a row has its diagonal block, which is partial, then full blocks,
 # then partial ones, then none. So two counts say all about a row (or, going down, a column).
@@ -1712,8 +1716,8 @@ class GPT(nn.Module):
 
         Of a layer: the matrices, times their scalars [47]: qk (2D, D), v and out (D, D), mlp_in and
         mlp_out (4D, D), with `fp8` also mlp_in in 8 bits and its scale [84]; and its row of every
-        parameter whose row in the table has `layers`, by the parameter's name. None for what it
-        does without.
+        parameter whose row in the table has `layers`, by the parameter's name. What a layer lacks
+        is None.
         """
         dtype = self.embed.dtype
         dim = self.config.dim
@@ -1745,7 +1749,7 @@ class GPT(nn.Module):
         hand_out("mlp_in8", range(count), mlp_in8)
         hand_out("mlp_in8_scale", range(count), scales)
         for name, row in self.table.items():
-            if row is None:
+            if row is None:  # which may have been some layers': all have None
                 hand_out(name, [], [])
             elif row.layers is not None:  # the layers' own parameters
                 hand_out(name, row.layers, getattr(self, name).to(dtype).unbind())
@@ -1926,16 +1930,16 @@ class Optimizer:
     @torch.no_grad()
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
-        adam, tied = hyper.adam, hyper.adam and self.tied
-        due = set(self.params) if adam else set(self.muon)
-        if tied:
+        due = set(self.params) if hyper.adam else set(self.muon)
+        merge = hyper.adam and self.tied
+        if merge:
             self.merge_tied_gradients()
             due.remove("embed")
-        self.updates += adam
+        self.updates += hyper.adam
 
-        # Two orders. Gradients of the banks leave before those of the large tables, since every
-        # step has them and most of the computing waits for them. But banks are updated last, so
-        # that the tables' new values travel while NorMuon computes.
+        # Reductions and updates go in different orders. Gradients of the banks leave before those
+        # of the large tables, since every step has them and most of the computing waits for them.
+        # But banks are updated last, so that the tables' new values travel while NorMuon computes.
         reduce_order = self.small + self.banks + self.tables
         update_order = self.small + self.tables + self.banks
 
@@ -1956,7 +1960,7 @@ class Optimizer:
         for work in gathers:
             work.wait()
 
-        if tied:
+        if merge:
             self.tied = hyper.stage.tied
             self.copy_head_to_embed(with_state=not self.tied)
 
@@ -1995,7 +1999,7 @@ class Optimizer:
             work.wait()
         if reduction.rows is None:
             return reduction.grad
-        # Rows from all ranks: those of one number are added up.
+        # Rows from all ranks: gradients of the same row are summed.
         size = len(self.params["bigram_table"]) // self.world_size
         grad = reduction.grad
         total = torch.zeros(size, grad.size(1), device=grad.device)
@@ -2162,9 +2166,9 @@ class Batch(NamedTuple):
 def fill_slices(ends: np.ndarray, first: int, length: int, slices: int) -> list[int] | None:
     """Where the slices of a batch begin and end in a shard, from its document `first` on.
 
-    `ends` has the tokens before each document, cut, and in all. A slice takes whole documents until
-    it has length + 1 tokens; what its last document has left over is dropped. None if the shard has
-    too few documents.
+    `ends[d]` is the number of tokens, after cutting, in documents 0 … d - 1. A slice takes whole
+    documents until it has length + 1 tokens; what its last document has left over is dropped. None
+    if the shard has too few documents.
     """
     documents = [first]
     for _ in range(slices):
@@ -2241,7 +2245,8 @@ def training_batches(plan: list[Batch], config: ModelConfig, slices: range) -> I
         by_shard.append((path, list(batches)))
     shards = prefetch(read_shard(path, config) for path, _ in by_shard)
     for (path, batches), (tokens, bounds) in zip(by_shard, shards):
-        if batches[-1].documents[-1] >= len(bounds):
+        # (A shard that several epochs go over has its last batch not always farthest.)
+        if max(batch.documents[-1] for batch in batches) >= len(bounds):
             raise UserError(f"{path}: changed while the run was reading it")
         for batch in batches:
             rows = [slice_of(batch, number, tokens, bounds) for number in slices]
@@ -3003,16 +3008,17 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
     """UserError for the first row of the network's table that cannot work."""
     if not any(layer.attention for layer in layers):
         raise UserError("the table of layers: at least one layer must have attention")
-    tables = {layer.value_embeds for layer in layers}
+    tables = {layer.value_embeds for layer in layers if is_whole(layer.value_embeds, 0)}
     mudd_layers = []  # so far
     for number, layer in enumerate(layers):
         where = f"layer {number}"
         earlier = f"must be an earlier layer, from 0 to {number - 1}"
         if number == 0:
             earlier = "must be an earlier layer, and there is none"
-        for column in ("attention", "paired_heads", "xsa"):
-            is_boolean = isinstance(getattr(layer, column), bool)
-            require(is_boolean, where, layer, column, "must be True or False")
+        for column in fields(Layer):
+            if column.type is bool:
+                is_boolean = isinstance(getattr(layer, column.name), bool)
+                require(is_boolean, where, layer, column.name, "must be True or False")
         known = layer.window in ("short", "long")
         require(known, where, layer, "window", 'must be "short" or "long"')
 
@@ -3028,7 +3034,7 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
             require(there, where, layer, "mudd", f"each {earlier}")
             mudd_layers.append(number)
             alone = len(mudd_layers) == 1
-            require(alone, where, layer, "mudd", f"layer {mudd_layers[0]} has it; one can")
+            require(alone, where, layer, "mudd", f"layer {mudd_layers[0]} has it already; one can")
         if layer.value_embeds is not None:
             whole = is_whole(layer.value_embeds, 0)
             require(whole, where, layer, "value_embeds", "must be the number of a table, from 0 on")
@@ -3037,10 +3043,11 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
             require(not missing, where, layer, "value_embeds", text)
 
         if not layer.attention:
-            without = Layer(attention=False)
-            for column in ("window", "paired_heads", "value_embeds", "xsa", "single_input", "mudd"):
-                empty = getattr(layer, column) == getattr(without, column)
-                require(empty, where, layer, column, "is attention's, and the layer has none")
+            for column in fields(Layer):
+                if column.name not in ("attention", "skip"):
+                    empty = getattr(layer, column.name) == column.default
+                    text = "is attention's, and the layer has none"
+                    require(empty, where, layer, column.name, text)
 
 
 def check_stages(settings: Settings) -> None:
@@ -3061,16 +3068,20 @@ def check_stages(settings: Settings) -> None:
         require(positive, where, stage, "lr", "must be a number above 0")
 
         pair = isinstance(stage.mtp, tuple) and len(stage.mtp) == 2
-        pair = pair and all(isinstance(weights, tuple) for weights in stage.mtp)
+        for weights in stage.mtp if pair else ():
+            numbers = isinstance(weights, tuple)
+            numbers = numbers and all(isinstance(weight, int | float) for weight in weights)
+            pair = pair and numbers
         require(pair, where, stage, "mtp", "must be two tuples of weights, at start and end")
         start, end = stage.mtp
-        even = len(start) == len(end) > 0
-        require(even, where, stage, "mtp", "start and end must have as many weights")
+        alike = len(start) == len(end) > 0
+        require(alike, where, stage, "mtp", "start and end must have as many weights")
         next_targets = next_targets or len(start)
         text = f"must have {next_targets} weights, like stage 1"
         require(len(start) == next_targets, where, stage, "mtp", text)
         first = start[0] > 0 and end[0] > 0
         require(first, where, stage, "mtp", "the first weight, of the next token, must be above 0")
+        require(isinstance(stage.tied, bool), where, stage, "tied", "must be True or False")
         again = stage.tied and not tied
         require(not again, where, stage, "tied", "an earlier stage has untied embed and lm_head")
         tied = stage.tied
@@ -3108,7 +3119,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
         raise UserError(f"--dim {dim} must be at least 12")
     if dim % (4 * heads):
         raise UserError(f"--dim {dim} must be a multiple of 4 for each of --heads {heads}")
-    if heads % 2 and (config.paired_heads or config.head_pairs or config.mudd):
+    halves = config.layers_with("paired_heads") or config.layers_with("mudd")
+    if heads % 2 and (halves or config.head_pairs):
         raise UserError(f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd")
     if config.bigram_dim > dim:
         raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}")
@@ -3318,9 +3330,10 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
             f"unknown option {unknown[0]}; the closest that exists is {closest} (--help lists all)"
         )
 
+    of_model = [f.name for f in fields(ModelConfig)]
     run_changes, model_changes = {}, {}
     for name, value in vars(parsed).items():
-        if hasattr(preset.model, name):
+        if name in of_model:
             model_changes[name] = value
         elif name != "dry_run":
             run_changes[name] = value

@@ -5,6 +5,7 @@ the same document, and i - j <= window.
 """
 
 import cmath
+import collections
 import math
 
 import numpy as np
@@ -280,8 +281,8 @@ def norm_and_rotate(x):
     begins = torch.arange(length) == 0
     # Attention's input is the norm of (1, 0, …), (0, 1, 0, …), …, out of which W_qk makes the projections.
     a = torch.eye(length)
-    w = {"qk": x.flatten(1).T / length**0.5, "v": torch.zeros(heads // 2 * dim, length)}
-    w |= {"value_gates": None, "attention_gates": None}
+    w = collections.defaultdict(lambda: None)
+    w |= {"qk": x.flatten(1).T / length**0.5, "v": torch.zeros(heads // 2 * dim, length)}
     q, k, *_ = project(a, None, begins, context[:2], w, heads // 2, offset=False, paired=False)
     return torch.cat((q, k), dim=1)
 

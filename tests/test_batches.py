@@ -404,3 +404,15 @@ def test_prefetching_thread_ends_with_its_consumer(end):
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not set(threading.enumerate()) - before
+
+
+def test_shard_that_shrinks_during_a_run_of_several_epochs_is_named(tmp_path):
+    stream = document(5, 1) * 8
+    pattern = write(tmp_path, [stream])
+    settings = settings_of([(6, 8, 100)], 2, epochs=2, train_files=pattern)
+    paths = find_shards(pattern, "tiny")
+    plan, _ = plan_batches(settings, paths)
+    assert plan[-1].documents[-1] < max(batch.documents[-1] for batch in plan)
+    write(tmp_path, [stream[:20]])
+    with pytest.raises(UserError, match="changed while the run was reading it"):
+        list(training_batches(plan, settings.model, range(2)))

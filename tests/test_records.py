@@ -1,5 +1,6 @@
 """The numbers in records/ and in README.md: every one is what the logs in this repository give."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -160,11 +161,14 @@ def test_readmes_results_are_those_of_the_logs(readme, tiny):
     seconds = preset.train_time_ms / 1000
     assert results["preset `tiny`, training time"] == f"{seconds:.0f} s, {preset.final_step} steps of 8,192 bytes"
     assert tokens == preset.final_step * 8192
-    assert results["its final validation loss"] == f"{preset.val_loss:.4f} nats per byte"
+    bits = preset.val_loss / math.log(2)
+    assert results["its final validation loss"] == f"{preset.val_loss:.4f} nats per byte ({bits:.3f} bits per byte)"
+    assert f"{preset.val_loss:.4f} nats per byte are {bits:.3f} bits per byte" in " ".join(readme.split())
     assert results["its speed, over the run"] == f"{tokens / seconds:,.0f} bytes/s"
     assert results["its memory"] == f"{preset.peak_memory_mib:,.0f} MiB"
     times, tokens = [], []
-    names = f"GPT-2 with AdamW, to {target:.2f} nats per byte", "the recipe, to the same loss"
+    goal = f"{target:.2f} nats ({target / math.log(2):.2f} bits) per byte"
+    names = f"GPT-2 with AdamW, to {goal}", "the recipe, to the same loss"
     for record, what in zip((records[0], records[-1]), names):
         times.append([run_of(record.run(seed)).train_time_ms / 1000 for seed in range(1, seeds + 1)])
         tokens.append(track.tokens_of(record.run(1)))

@@ -18,7 +18,7 @@ GOOD_STAGES = [
 def plan(launcher, tmp_path):  # noqa: F811
     """Runs --dry-run of a copy of train_gpt.py whose preset tiny has these tables."""
 
-    def run(layers=GOOD_LAYERS, stages=GOOD_STAGES):
+    def run(layers=GOOD_LAYERS, stages=GOOD_STAGES, options=()):
         text = SCRIPT.read_text()
         for name, rows in (("TINY_LAYERS", layers), ("TINY_STAGES", stages)):
             table = name + " = (\n" + "".join(f"    {row},\n" for row in rows) + ")\n"
@@ -26,7 +26,7 @@ def plan(launcher, tmp_path):  # noqa: F811
             assert count == 1
         script = tmp_path / "train_gpt.py"
         script.write_text(text)
-        return launcher.start(script, "--preset", "tiny", "--dry-run", cwd=tmp_path).wait()
+        return launcher.start(script, "--preset", "tiny", "--dry-run", *options, cwd=tmp_path).wait()
 
     return run
 
@@ -65,6 +65,7 @@ LAYERS = [
     (2, "Layer(value_embeds=2)", "layer 2: value_embeds=2", "no layer has 1"),
     (2, "Layer(value_embeds=-1)", "layer 2: value_embeds=-1", "from 0 on"),
     (2, "Layer(value_embeds=True)", "layer 2: value_embeds=True", "from 0 on"),
+    (2, "Layer(value_embeds=[0])", "layer 2: value_embeds=[0]", "from 0 on"),
     (1, "Layer(xsa=1)", "layer 1: xsa=1", "True or False"),
     (1, "Layer(attention=False, xsa=True)", "layer 1: xsa=True", "attention"),
     (1, "Layer(attention=False, paired_heads=True)", "layer 1: paired_heads=True", "attention"),
@@ -83,6 +84,13 @@ def test_layer_that_cannot_work_is_refused_with_row_column_and_what_is_allowed(p
 
 def test_network_without_attention_is_refused(plan):
     assert_line(plan(layers=["Layer(attention=False)"]), "at least one layer must have attention")
+
+
+def test_odd_numbers_of_heads_are_refused_only_where_a_row_needs_pairs_or_halves(plan):
+    options = ("--heads", "3", "--dim", "48", "--bigram-dim", "16", "--head-pairs", "false")
+    assert plan(options=options).returncode == 0
+    for row in "Layer(paired_heads=True)", MUDD:
+        assert_line(plan(layers=[*GOOD_LAYERS, row], options=options), "--heads 3 must be even")
 
 
 def stage(**changes):
@@ -104,6 +112,8 @@ STAGES = [
     (1, {"mtp": ((1,), (1,))}, "stage 2: mtp=((1,), (1,))", "2 weights"),
     (1, {"mtp": ((0, 1), (1, 0))}, "stage 2: mtp=((0, 1), (1, 0))", "above 0"),
     (1, {"mtp": ((), ())}, "stage 2: mtp=((), ())", "as many"),
+    (1, {"mtp": ((1, "'a'"), (1, 0))}, "stage 2: mtp=", "two tuples of weights"),
+    (1, {"tied": 1}, "stage 2: tied=1", "True or False"),
     (1, {"mtp": (1, 0)}, "stage 2: mtp=(1, 0)", "weights"),
 ]
 

@@ -793,8 +793,9 @@ def test_log_begins_with_the_source_and_its_hash(example):
     assert log[len(source) :].startswith(f"{RULE}\nsource: {len(source)} bytes, sha256 {digest}\n".encode())
 
 
-def test_log_names_environment_settings_and_data_in_order(example, enough):
-    header = example.log.read_bytes()[SCRIPT.stat().st_size :].decode().split(f"{RULE}\n")[1].splitlines()
+def test_log_names_environment_settings_and_data_in_order(command, data, tmp_path):
+    assert command("--steps", "5", "--val-every", "2", "--seed", "7").returncode == 0
+    header = only_log(tmp_path).read_bytes()[SCRIPT.stat().st_size :].decode().split(f"{RULE}\n")[1].splitlines()
     keys = ["source", "python", "pytorch", "cuda", "triton", "hardware", "world size", "git", "settings"]
     assert [line.partition(": ")[0] for line in header] == [*keys, "data", "data", "data"]
     values = dict(line.split(": ", 1) for line in header[: len(keys)])
@@ -803,20 +804,17 @@ def test_log_names_environment_settings_and_data_in_order(example, enough):
     assert values["cuda"] == (torch.version.cuda or "none")
     assert values["hardware"].endswith(f", {os.cpu_count()} cores") and len(values["hardware"]) > 12
     assert values["world size"] == "1"
-    folder = enough[1].parent
-    tokens = 5 * max(stage.batch_tokens for stage in STAGES)
-    counts = tokens, tokens, 3000
     paths = ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin")
     assert header[len(keys) :] == [
-        f"data: {path.split('_')[1]} {folder / path} {count:,} tokens"
-        for path, count in zip(paths, counts, strict=True)
+        f"data: {path.split('_')[1]} {data / path} {count} tokens"
+        for path, count in zip(paths, ("40,000", "40,000", "3,000"))
     ]
     settings = json.loads(values["settings"])
     assert {name: settings[name] for name in ("preset", "steps", "seed", "dtype", "val_every", "slices")} == {
-        "preset": "tiny", "steps": STEPS, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
+        "preset": "tiny", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
     }  # fmt: skip
-    assert settings["model"]["dim"] == 32 and settings["train_files"] == str(enough[1])
-    assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == STEPS
+    assert settings["model"]["dim"] == 32 and settings["train_files"] == str(data / "x_train_*.bin")
+    assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == 5
 
 
 def test_log_names_the_commit_and_whether_it_was_dirty(example):

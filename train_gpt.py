@@ -1600,8 +1600,9 @@ class GPT(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
         """The training objective, summed over a sequence: inputs and targets (T,); float32, 0-d."""
         x = self.stream(inputs, context, self.fp8)
-        options = {"kernels": self.kernels, "fp8": self.fp8}
-        return summed_loss(x, self.lm_head, targets, context.mtp, **options)
+        return summed_loss(
+            x, self.lm_head, targets, context.mtp, kernels=self.kernels, fp8=self.fp8
+        )
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:
@@ -2245,7 +2246,7 @@ def training_batches(plan: list[Batch], config: ModelConfig, slices: range) -> I
         by_shard.append((path, list(batches)))
     shards = prefetch(read_shard(path, config) for path, _ in by_shard)
     for (path, batches), (tokens, bounds) in zip(by_shard, shards):
-        # (A shard that several epochs go over has its last batch not always farthest.)
+        # Where several epochs go over a shard, the last batch need not be the farthest.
         if max(batch.documents[-1] for batch in batches) >= len(bounds):
             raise UserError(f"{path}: changed while the run was reading it")
         for batch in batches:
@@ -3095,9 +3096,9 @@ def check_batches(settings: Settings, world_size: int) -> None:
     slices = settings.slices
     batches = sorted({stage.batch_tokens for stage in settings.all_stages})
     common = math.gcd(*batches)
-    divisors = [number for number in range(1, common + 1) if common % number == 0]
-    if slices in divisors and slices % world_size == 0:
+    if common % slices == 0 and slices % world_size == 0:
         return
+    divisors = [number for number in range(1, common + 1) if common % number == 0]
     size = min(divisors, key=lambda number: abs(number - world_size))
     possible = [number for number in divisors if number % size == 0]
     nearest = sorted(possible, key=lambda number: abs(number - slices))[:2]

@@ -4,7 +4,6 @@ It needs Python alone, so that data/ and most of records/logbook.py do without P
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -55,9 +54,8 @@ def first_line(error: Exception) -> str:
 
 
 def report(message: object) -> None:
-    """Prints a line on stderr, after the program's name, if there is still somebody to read it."""
-    with contextlib.suppress(OSError):
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    """Prints a line on stderr, after the program's name."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,30 +73,91 @@ def stop(number: int, _frame) -> None:
     raise Stopped(number)
 
 
-def run(main: Callable[[], int | None], *others: type[Exception]) -> None:
+def on_interrupt(action) -> None:
+    """Sets what Ctrl-C does, except where a shell has started the program in the background."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, action)
+
+
+def catch_interrupts(name: str) -> None:
+    """For a program's first lines, with its `__name__`: from here on Ctrl-C prints no traceback.
+
+    The imports that follow may take seconds, and `run` comes after them.
+    """
+    if name == "__main__":
+        on_interrupt(lambda number, _: os._exit(128 + number))
+
+
+class Output:
+    """stdout or stderr, whose reader may go away before the program is done.
+
+    Programs that work for long outlive it: what they go on to print is dropped. Others end.
+    """
+
+    def __init__(self, stream, outlived: bool):
+        # A character that the terminal does not have must not end a program, either.
+        stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+        self.outlived = outlived
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError as error:
+            # What has been printed but not written yet, and all that follows, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.outlived:
+                return None
+            if isinstance(error, BrokenPipeError):  # `head`, say, has enough
+                raise Stopped(signal.SIGPIPE) from None
+            raise UserError(f"the output cannot be written: {error.strerror}") from None
+
+
+def open_closed_streams() -> None:
+    """Where the caller has closed stdin, stdout or stderr, they are as if it had said /dev/null.
+
+    Else the next file that is opened takes their number, and what is printed goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))
+
+
+def run(
+    main: Callable[[], int | None], *others: type[Exception], outlives_reader: bool = False
+) -> None:
     """Calls `main()`, a program's whole work, and ends the process with the status it returns.
 
     `others` are exceptions that are a user's mistakes, too, such as train_gpt.UserError.
+    `outlives_reader`: it works for long, and goes on when nobody reads any more what it prints.
     Exit status: 0 done, 1 a negative verdict, 2 a user's mistake, 128 + the number of a signal:
     130 SIGINT, 143 SIGTERM, 141 where the reader of stdout has gone away.
     """
     signal.signal(signal.SIGTERM, stop)
-    # A shell starts what it puts in the background with SIGINT ignored.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, stop)
+    on_interrupt(stop)
+    open_closed_streams()
+    sys.stdout = Output(sys.stdout, outlives_reader)
+    sys.stderr = Output(sys.stderr, outlived=True)
     try:
         try:
             status = main()
         finally:
-            print(end="", flush=True)  # now, and not at exit, so that it is seen if nobody reads
-    except BrokenPipeError:
-        # `head`, say, has enough. What is left to write goes nowhere, at exit, too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+            sys.stdout.flush()  # now, and not at exit, so that it is seen if nobody reads
     except (UserError, OSError, *others) as error:  # an OSError names the file: no permission, say
         report(error)
         status = getattr(error, "status", 2)
     except Stopped as stopped:
-        report("interrupted")
+        if stopped.number != signal.SIGPIPE:
+            report("interrupted")
         status = 128 + stopped.number
     sys.exit(status)

@@ -6,11 +6,18 @@ It needs the preset's shards, since their documents are what attention is cut to
 attention of train_gpt.py.
 """
 
-import collections
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import collections
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +25,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import command
 import train_gpt
 from kernels import relative_error
 from step_time import stage_alone
@@ -155,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

@@ -9,12 +9,16 @@ Exit status 1 if a graph does not compile, for instance for want of shared memor
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import time
+
 import fake_cuda
 
 
@@ -97,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, outlives_reader=True)

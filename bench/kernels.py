@@ -6,21 +6,25 @@
 Exit status 1 if a kernel spills on sm_90, or takes more shared memory than its target has.
 """
 
-import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import command
 import train_gpt
 from fake_cuda import SHARED, resources
 
@@ -234,4 +238,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

@@ -6,14 +6,18 @@ On a GPU, `--measure` also runs the largest stage's steps with each number of sl
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+from dataclasses import replace
+
+import torch
+
 import train_gpt
 
 CARDS = (80, 48, 24, 16)  # GB, of which a tenth is left to CUDA, the compiler's scratch and fragmentation
@@ -62,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

@@ -7,22 +7,26 @@ matmul reaches on the same device, measured on the spot. --profile adds where th
 each stage: by kind of kernel, and the kernels that take most. On the CPU operators stand for kernels.
 """
 
-import re
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 BEGIN = time.perf_counter()
 
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import command  # noqa: E402
-import train_gpt  # noqa: E402
+import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import re
+from dataclasses import replace
+
+import torch
+from torch.profiler import ProfilerActivity
+from tqdm import tqdm
+
+import train_gpt
 
 WARM = 4  # steps of a stage that are not measured
 # Kinds of kernels, and of operators on the CPU, by what is in their names, in lower case; the first that fits.
@@ -151,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

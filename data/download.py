@@ -94,4 +94,4 @@ def main(name):
         )
         download(name, parser.parse_args().train_shards, Path(__file__).resolve().parent / name)
 
-    run(fetch_shards)
+    run(fetch_shards, outlives_reader=True)

@@ -8,17 +8,21 @@ at most 1,024 tokens with the BOS. Validation pieces stay in the order of the fi
 more by a fresh `random.Random(0)`, so that a small batch is not all from one file.
 """
 
-import random
-import re
 import sys
-from importlib import metadata
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, run
+from command import Parser, UserError, catch_interrupts, run
+
+catch_interrupts(__name__)  # before the imports that take seconds
+
+import random
+import re
+from importlib import metadata
+
+import numpy as np
+
 from shards import check_shard, shard_name, staged, write_shard
 from text import byte_pieces
 
@@ -101,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_reader=True)

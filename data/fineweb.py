@@ -6,13 +6,17 @@ A document is BOS and GPT-2's tokens of its text. The first shard is validation,
 """
 
 import sys
-from contextlib import closing
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, between, first_line, run
+from command import Parser, UserError, between, catch_interrupts, first_line, run
+
+catch_interrupts(__name__)  # before the imports that take seconds
+
+from contextlib import closing
+from itertools import chain
+
 from shards import MAX_SHARD_TOKENS, TokenShardWriter, existing_shards, shard_name, shard_names
 from text import tokenized
 
@@ -72,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_reader=True)

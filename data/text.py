@@ -13,23 +13,27 @@ BOS of its own, which counts. The tokenizer runs before the cut, so the pieces o
 whole; only groups of lines of a million characters are tokenized by themselves, so that all cores share a large file.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+from command import Parser, UserError, between, catch_interrupts, first_line, run
+
+catch_interrupts(__name__)  # before the imports that take seconds
+
 import functools
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
-
-from command import Parser, UserError, between, first_line, run
 from shards import MAX_SHARD_TOKENS, TokenShardWriter, shard_names, staged
 
 PREFIX = "text"
@@ -333,4 +337,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, outlives_reader=True)

@@ -6,21 +6,25 @@ An ending's score is the mean (or the sum) of its tokens' losses after the conte
 four documents; many are packed into one sequence, and the model's own mask keeps them apart.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command import Parser, UserError, catch_interrupts, first_line, run
+
+catch_interrupts(__name__)  # before the imports that take seconds
+
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import checkpoint
 import train_gpt
-from command import Parser, UserError, first_line, run
 
 
 @dataclass

@@ -6,13 +6,16 @@ python evals/sample.py --checkpoint logs/x_step001390.pt --prompt "The capital o
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command import Parser, UserError, catch_interrupts, run
+
+catch_interrupts(__name__)  # before the imports that take seconds
+
+import torch
 
 import checkpoint
 import train_gpt
-from command import Parser, UserError, run
 
 
 def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: float, top_k: int, seed: int):

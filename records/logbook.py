@@ -13,6 +13,16 @@ it cannot read is named on stderr with the reason, the rest is read on, and the 
 Exit status: 0 done, 1 a negative verdict, 2 a mistake in the command or the files.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+
+import command
+from command import UserError, report
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
 import argparse
 import contextlib
 import hashlib
@@ -25,18 +35,11 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 from array import array
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import quote
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
-
-import command
-from command import UserError, report
 
 TARGET = 3.28  # nats per token on FineWeb's validation stream
 SIGNIFICANCE = 0.01

@@ -16,11 +16,11 @@ LOGBOOK = ROOT / "records" / "logbook.py"
 def start(tmp_path):
     """Starts a program whose work are these lines, and for which KeyError is a user's mistake."""
 
-    def start(*lines: str, **options) -> subprocess.Popen:
+    def start(*lines: str, run="command.run(main, KeyError)", **options) -> subprocess.Popen:
         program = tmp_path / "program.py"
         head = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport command\n"
         body = "".join(f"    {line}\n" for line in lines)
-        program.write_text(f"{head}def main():\n{body}command.run(main, KeyError)\n")
+        program.write_text(f"{head}def main():\n{body}{run}\n")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, program], cwd=tmp_path, **{**pipes, **options})
 
@@ -99,3 +99,76 @@ def test_data_tools_import_neither_torch_nor_training():
     path = os.pathsep.join((str(ROOT), str(ROOT / "data")))
     environment = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", text], env=environment, check=True)
+
+
+def closing(number):
+    """What closes a stream of a process before it begins, as `>&-` does."""
+    return lambda: os.close(number)
+
+
+@pytest.mark.parametrize("where", ["no reader", "full disk", "closed"])
+def test_program_that_works_for_long_outlives_its_reader(start, tmp_path, where):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = os.open("/dev/full", os.O_WRONLY) if where == "full disk" else writer
+    body = ("print('a line', flush=True)", "open('done.txt', 'w').write('all')", "print('another')", "return 1")
+    before = closing(1) if where == "closed" else None
+    running = start(*body, run="command.run(main, outlives_reader=True)", stdout=stdout, preexec_fn=before)
+    assert running.communicate()[1] == "" and running.returncode == 1
+    assert (tmp_path / "done.txt").read_text() == "all"  # and not a line that was printed
+
+
+def test_full_disk_under_the_output_is_a_mistake(start):
+    with open("/dev/full", "w") as full:
+        running = start("print('a line')", stdout=full)
+        said = "program.py: the output cannot be written: No space left on device\n"
+        assert running.communicate()[1] == said and running.returncode == 2
+        running = start("print('a line')", stdout=full, stderr=full)
+        assert running.wait() == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_closed_stream_lends_its_number_to_no_file(start, tmp_path, number):
+    body = ("file = open('done.txt', 'w')", "print(input.__name__)", "print('x', file=sys.stderr)", "file.write('all')")
+    running = start(*body, preexec_fn=closing(number))
+    running.communicate()
+    assert running.returncode == 0 and (tmp_path / "done.txt").read_text() == "all"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_terminal_without_a_character_shows_its_number(start, encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    running = start(r"print('\u2026 \udcff')", r"raise command.UserError('\u2026')", env=environment)
+    out, error = running.communicate()
+    shown = "…" if encoding == "utf-8" else "\\u2026"
+    assert (out, error) == (f"{shown} \\udcff\n", f"program.py: {shown}\n") and running.returncode == 2
+
+
+PROGRAMS = [*ROOT.glob("data/*.py"), *ROOT.glob("evals/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("records/**/*.py")]
+PROGRAMS = sorted(path for path in [ROOT / "train_gpt.py", *PROGRAMS] if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_ctrl_c_during_imports_prints_no_traceback(program):
+    """The interrupt comes in the middle of an import, wherever that is: a stand-in for NumPy sends it."""
+    if program.name == "legality.py":
+        pytest.skip("logbook.py's child, which no user starts")
+    stand_in = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise KeyError\n"
+    # By a finder, since a program's folder comes before PYTHONPATH.
+    code = (
+        "import importlib.abc, importlib.util, runpy, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('numpy', 'torch', 'tqdm', 'array', 'fake_cuda'):\n"
+        "            return importlib.util.spec_from_loader(name, self)\n"
+        "    def create_module(self, spec):\n"
+        "        return None\n"
+        "    def exec_module(self, module):\n"
+        f"        exec({stand_in!r})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = [{str(program)!r}, '--help']\n"
+        f"sys.path.insert(0, {str(program.parent)!r})\n"
+        f"runpy.run_path({str(program)!r}, run_name='__main__')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

@@ -11,20 +11,24 @@ of a step is that of the quickest quarter of the steps of the quickest run. A ru
 complete is not run again: stop it and start it again as you like.
 """
 
-import dataclasses
-import difflib
-import hashlib
-import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
 
 import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import dataclasses
+import difflib
+import hashlib
+import statistics
+from typing import NamedTuple
+
+from tqdm import tqdm
+
 import logbook
 import train_gpt
 from runs import ROOT, Origin, finished, interval, origin, step_time, train
@@ -216,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

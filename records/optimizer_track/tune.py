@@ -8,7 +8,6 @@ records/optimizer_track/README.md are rewritten from the logs after each run. Po
 seed 0; the runs that count have the seeds 1, 2, ...
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -16,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py li
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
 
 import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import itertools
+
 import logbook
 from runs import ROOT, finished, put_section, side_by_side, train
 
@@ -145,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, outlives_reader=True)

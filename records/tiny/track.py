@@ -8,17 +8,21 @@ The target is the loss that the tuned baseline reaches in BASELINE_SECONDS of tr
 All three are resumable: a run whose log is complete is not run again. Logs go to records/tiny/, tables into its README.
 """
 
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
 
 import command
+
+command.catch_interrupts(__name__)  # before the imports that take seconds
+
+import math
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
 import logbook
 import train_gpt
 from runs import ROOT, finished, interval, origin, put_section, side_by_side, step_time, train
@@ -258,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError)
+    command.run(main, train_gpt.UserError, outlives_reader=True)

@@ -22,9 +22,22 @@ that introduced the idea. records/README.md has the table of all of them, with d
 Importing this file has no side effects.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    if sys.platform not in ("linux", "darwin"):
+        text = "train_gpt.py: needs Linux, or macOS for the CPU; on Windows use WSL"
+        print(text, file=sys.stderr)
+        sys.exit(2)
+    # What is imported next takes seconds: Ctrl-C ends that, too, without a traceback.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import glob
@@ -33,11 +46,11 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import platform
-import signal
+import re
+import resource
+import shlex
 import subprocess
-import sys
 import time
 import types
 import typing
@@ -47,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -354,8 +367,8 @@ PRESETS = {
     ),
 }
 
-# The command that fetches or makes a preset's shards.
-FETCH = {"record": "python data/cached_fineweb10B.py 9", "tiny": "python data/embedded.py"}
+# The command that fetches or makes a preset's shards; its path counts from this file's folder.
+FETCH = {"record": "data/cached_fineweb10B.py 9", "tiny": "data/embedded.py"}
 
 
 # The table of parameters. A new parameter is one row of `parameter_table`: the model then makes it,
@@ -1849,10 +1862,27 @@ def normuon_update(
     p.copy_(value)
 
 
-def resize(saved: Tensor, rows: int) -> Tensor:
-    """A bank's first axis cut, or padded with zeros, for another number of processes."""
-    missing = rows - len(saved)
-    return F.pad(saved, (0, 0) * (saved.dim() - 1) + (0, missing))
+def restored(
+    saved: object, name: str, shape: tuple[int, ...], row: ParameterRow, what: str = "parameter"
+) -> Tensor:
+    """saved[name], a parameter of a checkpoint or what goes with it, in this shape.
+
+    A bank's first axis is cut, or padded with zeros, for another number of processes. UserError if
+    it is not there or has another shape.
+    """
+    tensor = saved.get(name) if isinstance(saved, dict) else None
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"has no {what} {name}")
+    found = tuple(tensor.shape)
+    fits = found == shape
+    if row.kind == "bank":
+        fits = found[1:] == shape[1:] and found[:1] >= row.shape[:1]
+    if not fits:
+        raise UserError(f"{what} {name}: its shape is {found}, this model's is {shape}")
+    if found == shape:
+        return tensor
+    missing = shape[0] - found[0]
+    return F.pad(tensor, (0, 0) * (len(shape) - 1) + (0, missing))
 
 
 class Reduction(NamedTuple):
@@ -2084,18 +2114,25 @@ class Optimizer:
         return {"states": states, "grads": grads, "updates": self.updates, "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Takes this rank's part of a `state_dict`, which may be from another number of ranks."""
+        """Takes this rank's part of a `state_dict`, which may be from another number of ranks.
+
+        UserError if something is missing, or has another shape.
+        """
+        states, grads = part_of(saved, "states", dict), part_of(saved, "grads", dict)
         for name, p in self.params.items():
+            row = self.table[name]
             for key, part in self.state[name].items():
-                whole = resize(saved["states"][name][key], len(p))
+                shape = (len(p), *part.shape[1:])
+                whole = restored(states.get(name), key, shape, row, f"state of {name}:")
                 part.copy_(self.share(name, whole))
-            if name in saved["grads"]:
-                p.grad = resize(saved["grads"][name], len(p)).to(p.device)
-        if self.sparse and "bigram_table" in saved["grads"]:
-            touched = saved["grads"]["bigram_table"].any(1)
+            if name in grads:
+                grad = restored(grads, name, tuple(p.shape), row, "gradient of")
+                p.grad = grad.to(p.device, p.dtype)
+        if self.sparse and "bigram_table" in grads:
+            touched = grads["bigram_table"].any(1)
             self.touched.append(touched.nonzero().squeeze(1))
-        self.updates = saved["updates"]
-        self.tied = saved["tied"]
+        self.updates = part_of(saved, "updates", int)
+        self.tied = part_of(saved, "tied", bool)
 
 
 # 7. Data ==========================================================================================
@@ -2104,12 +2141,41 @@ class Optimizer:
 # ranks; so too few tokens are noticed before the clock starts.
 
 
+def beside_this_file(path: str) -> str:
+    """A path that counts from this file's folder, as one from the current folder."""
+    return os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), path))
+
+
 def find_shards(pattern: str, preset: str) -> list[str]:
-    """The files of a pattern, in name order."""
+    """The files of a pattern, in name order. A preset's own count from this file's folder."""
+    if pattern in (PRESETS[preset].train_files, PRESETS[preset].val_files):
+        pattern = beside_this_file(pattern)
     paths = sorted(glob.glob(pattern))
     if not paths:
-        raise UserError(f"no shards match {pattern}; get them with: {FETCH[preset]}")
+        script, *count = FETCH[preset].split()
+        command = shlex.join(["python", beside_this_file(script), *count])
+        text = f"no shards match {pattern}; get them with: {command}"
+        if preset == "record" and not torch.cuda.is_available():
+            text += "; without a GPU there is the preset tiny: ./run.sh, or --preset tiny"
+        raise UserError(text)
     return paths
+
+
+def check_apart(train_paths: Iterable[str], val_paths: Iterable[str]) -> None:
+    """UserError if a training shard is a validation shard, too, or a copy of one."""
+
+    def likeness(path: str) -> tuple[int, bytes]:
+        with open(path, "rb") as file:
+            return os.path.getsize(path), file.read(8192)
+
+    validation = {likeness(path): path for path in val_paths}
+    for path in train_paths:
+        twin = validation.get(likeness(path))
+        if twin is not None:
+            raise UserError(
+                f"{path}: a training shard with the content of the validation shard {twin}; "
+                "train on others"
+            )
 
 
 def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -2128,8 +2194,8 @@ def read_shard(path: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     magic, version, count = (int(number) for number in header[:3])
     if magic != 20240520 or version != 1:
         raise UserError(
-            f"{path}: not a token shard: magic number {magic}, version {version}; "
-            "expected 20240520, version 1"
+            f"{path}: is not a shard of tokens: its magic number is {magic} and its version "
+            f"{version}, of a shard they are 20240520 and 1"
         )
     expected = 1024 + 2 * count
     if size != expected:
@@ -2222,7 +2288,7 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
             raise UserError(
                 f"{settings.train_files}: no shard has documents for one batch of "
                 f"{stage.batch_tokens:,} tokens (cut to {stage.max_seq_len:,}); "
-                f"the largest of {len(paths)} has {largest:,} tokens"
+                f"the largest of {len(paths)} has {largest:,} tokens; make larger ones"
             )
         if shard == settings.epochs * len(paths):
             planned_in_time = len(plan)
@@ -2285,14 +2351,22 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
             tokens, _ = read_shard(path, settings.model)
             stream = np.append(stream, tokens[:need])
             sizes[path] = len(tokens)
+    length = settings.val_seq_len
     if len(stream) < need:
+        # The most that fits: in sequences of this length, or else in one of a power of two.
+        most = max(len(stream) - 1, 0)
+        fitting = f"--val-tokens {most // length * length}"
+        if most < length:
+            shorter = 2 ** (most.bit_length() - 1) if most else 0
+            fitting = f"--val-tokens {shorter} --val-seq-len {shorter}"
+        remedy = "add shards"
+        if most > 0:
+            remedy += f", or use {fitting}"
         raise UserError(
             f"{settings.val_files}: too few validation tokens: {len(stream):,}, but --val-tokens "
-            f"{settings.val_tokens} needs one more than that; add shards, or use a lower "
-            "--val-tokens"
+            f"{settings.val_tokens} needs one more than that; {remedy}"
         )
     stream = torch.from_numpy(stream[:need].astype(np.int32))
-    length = settings.val_seq_len
     return stream.unfold(0, length + 1, length), sizes
 
 
@@ -2318,16 +2392,43 @@ class World(NamedTuple):
     device: torch.device
 
 
-def find_world() -> World:
-    """This process's place in what torchrun describes in the environment, and its device."""
-    rank = int(os.environ.get("RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+def environment_number(name: str, default: int, low: int, high: int) -> int:
+    """A number that torchrun puts into the environment; UserError if it cannot be that."""
+    text = os.environ.get(name, str(default))
+    with contextlib.suppress(ValueError):
+        if low <= int(text) <= high:
+            return int(text)
+    raise UserError(f"{name}={text}: must be a whole number from {low} to {high}; use torchrun")
+
+
+def find_rank() -> tuple[int, int]:
+    """This process's rank and the number of all, from what torchrun puts into the environment.
+
+    UserError if that cannot be.
+    """
+    size = environment_number("WORLD_SIZE", 1, low=1, high=2**20)
+    rank = environment_number("RANK", 0, low=0, high=size - 1)
+    if size > 1:
+        environment_number("MASTER_PORT", -1, low=1, high=65535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR is not set; use torchrun")
+    return rank, size
+
+
+def find_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        return World(rank, size, torch.device("cuda", torch.cuda.current_device()))
+        last = torch.cuda.device_count() - 1
+        torch.cuda.set_device(environment_number("LOCAL_RANK", 0, low=0, high=last))
+        return torch.device("cuda", torch.cuda.current_device())
     # On the CPU a resumed run then equals one that never stopped, bit for bit.
     torch.use_deterministic_algorithms(True)
-    return World(rank, size, torch.device("cpu"))
+    return torch.device("cpu")
+
+
+def find_world() -> World:
+    rank, size = find_rank()
+    return World(rank, size, find_device())
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -2616,6 +2717,11 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
     return "\n".join(lines)
 
 
+def discard(stream: TextIO) -> None:
+    """What is printed to stdout or stderr from now on, or waits in it, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Log:
     """The run's record `logs/<run id>.txt`, its lines on the screen, and --wandb's mirror.
 
@@ -2629,7 +2735,8 @@ class Log:
             name = f"{now}-{settings.preset}-{os.urandom(2).hex()}"
         self.path = Path("logs") / f"{name}.txt"
         self.total = settings.total_steps
-        self.terminal = world.rank == 0 and sys.stdout.isatty()
+        self.shows = world.rank == 0  # lines on the screen, as long as it can be written to
+        self.terminal = self.shows and sys.stdout.isatty() and sys.stderr.isatty()
         self.file = None
         self.wandb = None
         if world.rank > 0:
@@ -2642,16 +2749,21 @@ class Log:
 
     def open(self, header: str) -> None:
         """Begins the file, with its header; UserError if it exists or cannot be written."""
+        folder = self.path.parent
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is no folder; logs need one of this name here")
         try:
-            self.path.parent.mkdir(exist_ok=True)
-            self.file = open(self.path, "x", encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            # A file's name need not be UTF-8.
+            self.file = open(self.path, "x", encoding="utf-8", errors="backslashreplace")
             print(header, file=self.file, flush=True)
         except OSError as error:
             if self.file:
                 self.path.unlink()  # a log is whole, or not there
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; choose another --run-id"
-            ) from None
+            reason = f"{self.path}: cannot be written: {error.strerror}"
+            if error.errno in (errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR):
+                reason += "; choose another --run-id"
+            raise UserError(reason) from None
 
     def line(self, text: str, file: bool = True, screen: bool = True) -> None:
         """Writes a line into the file, and onto the screen, above the status line."""
@@ -2662,10 +2774,17 @@ class Log:
                 print(text, file=self.file, flush=True)
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        if screen and self.terminal:
-            tqdm.write(text)
-        elif screen:
-            print(text, flush=True)
+        if not screen or not self.shows:
+            return
+        try:
+            if self.terminal:
+                tqdm.write(text)
+            else:
+                print(text, flush=True)
+        except OSError as error:  # a full disk, or nobody reads any more
+            self.shows = False
+            discard(sys.stdout)
+            self.line(f"warning: the screen is gone ({error.strerror}): what follows is only here")
 
     def loss(self, step: int, kind: str, loss: float, milliseconds: float) -> None:
         """A step's train_loss or val_loss, and the training time; UserError if it is not finite."""
@@ -2690,8 +2809,6 @@ def peak_memory(device: torch.device) -> str:
         allocated = torch.cuda.max_memory_allocated(device)
         reserved = torch.cuda.max_memory_reserved(device)
     else:
-        import resource  # not on Windows
-
         unit = 1 if sys.platform == "darwin" else 1024
         allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
@@ -2725,65 +2842,153 @@ def save_checkpoint(
             os.fsync(file.fileno())
         unfinished.replace(path)
         log.line(f"checkpoint: {path}")
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns the one into the other
+    except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
+        # PyTorch's writer turns the one into the other.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or error
         log.line(f"checkpoint not written: {path}: {reason}")
 
 
 def load_checkpoint(path: str) -> dict:
-    """What `save_checkpoint` wrote, on the CPU, with `Settings`; UserError if it is damaged."""
+    """What `save_checkpoint` wrote, on the CPU, with `Settings`.
+
+    UserError if it is damaged, or has no settings, step or model.
+    """
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # PyTorch does not look at the checksums
             raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # Of `asdict`: back from dictionaries.
-        saved = state["settings"]
-        layers = tuple(Layer(**row) for row in saved["model"]["layers"])
-        stages = tuple(Stage(**row) for row in saved["stages"])
-        saved["model"] = ModelConfig(**{**saved["model"], "layers": layers})
-        saved["stages"] = stages
-        saved["extension"] = Stage(**saved["extension"])
-        state["settings"] = Settings(**saved)
-        return state
     except Exception as error:
-        reason = getattr(error, "strerror", None)
-        reason = reason or "damaged, or not a checkpoint of this train_gpt.py; use another"
+        reason = getattr(error, "strerror", None) or "damaged, or not a checkpoint; use another"
         raise UserError(f"{path}: {reason}") from None
+    try:
+        part_of(state, "step", int)
+        weights = {}
+        for name, tensor in part_of(state, "model", dict).items():
+            # Compiled or distributed models put these before the names.
+            weights[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = tensor
+        part_of(weights, "embed", Tensor)
+        state["model"] = weights
+        saved = part_of(state, "settings", dict)
+        config = part_of(saved, "model", dict)
+        config["layers"] = rows_of(Layer, part_of(config, "layers", list | tuple))
+        saved["stages"] = rows_of(Stage, part_of(saved, "stages", list | tuple))
+        (saved["extension"],) = rows_of(Stage, [saved.get("extension")])
+        saved["model"] = record_of(ModelConfig, config)
+        state["settings"] = record_of(Settings, saved)
+        check_layers(state["settings"].model.layers)
+        check_stages(state["settings"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return state
+
+
+def part_of(state: object, name: str, kind: type) -> object:
+    """A part of a checkpoint; UserError if it is not there, or something else."""
+    part = state.get(name) if isinstance(state, dict) else None
+    if not isinstance(part, kind):
+        raise UserError(f"has no {name}: not a checkpoint of this train_gpt.py; use another")
+    return part
+
+
+def record_of(kind: type, saved: object) -> object:
+    """A `Settings`, or a part of it, from what `asdict` has made of it.
+
+    UserError if it has a field that is unknown here, lacks one, or a value cannot be the field's.
+    """
+    what = kind.__name__
+    if not isinstance(saved, dict):
+        raise UserError(f"has no {what}: not a checkpoint of this train_gpt.py; use another")
+    known = {f.name: f for f in fields(kind)}
+    for name, value in saved.items():
+        if name not in known:
+            raise UserError(f"its {what} has {name}, which this train_gpt.py has not")
+        # An option's value is checked here; tables have checks of their own.
+        if "help" in known[name].metadata and value != known[name].default:
+            saved[name] = convert(known[name], str(value))
+    try:
+        return kind(**saved)
+    except TypeError:
+        missing = [name for name in known if name not in saved]
+        raise UserError(f"its {what} lacks {', '.join(missing)}") from None
+
+
+def rows_of(kind: type, saved: Iterable[object]) -> tuple:
+    """A table of a checkpoint, from its rows."""
+    return tuple(record_of(kind, row) for row in saved)
+
+
+def load_weights(model: GPT, weights: dict, path: str) -> None:
+    """Copies a checkpoint's weights, by name, into the model; UserError if they are another's."""
+    params = dict(model.named_parameters())
+    try:
+        for name in weights:
+            if name not in params:
+                raise UserError(f"has a parameter {name}, which this model has not")
+        for name, p in params.items():
+            p.data.copy_(restored(weights, name, tuple(p.shape), model.table[name]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, float]:
     """Puts a checkpoint into model and optimizer; returns its step, and its training time in ms.
 
-    UserError if it is another model's.
+    UserError if it is another model's, or a part is missing.
     """
     path = settings.resume
     state = load_checkpoint(path)
     step, saved = state["step"], state["settings"]
-    theirs = vars(saved.model) | {"muon": saved.muon, "dtype": state["model"]["embed"].dtype}
-    ours = vars(settings.model) | {"muon": settings.muon, "dtype": model.embed.dtype}
-    for name, value in ours.items():
-        if theirs[name] != value:
+    theirs = vars(saved.model) | {"preset": saved.preset, "muon": saved.muon}
+    ours = vars(settings.model) | {"preset": settings.preset, "muon": settings.muon}
+    for name in ("preset", *ours):
+        if theirs[name] != ours[name]:
             raise UserError(
-                f"{path}: another model: its {name} is {theirs[name]}, this run's is {value}"
+                f"{path}: another model: its {name} is {theirs[name]}, this run's is {ours[name]}"
             )
     if step > settings.total_steps:
         raise UserError(f"{path}: step {step} is past the end of {settings.total_steps} steps")
-    for name, p in model.named_parameters():
-        p.data.copy_(resize(state["model"][name], len(p)))
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return step, state["train_time_ms"]
+    load_weights(model, state["model"], path)
+    dtype = state["model"]["embed"].dtype
+    if dtype != model.embed.dtype:
+        raise UserError(
+            f"{path}: another model: its dtype is {dtype}, this run's is {model.embed.dtype}"
+        )
+    try:
+        optimizer.load_state_dict(part_of(state, "optimizer", dict))
+        milliseconds = part_of(state, "train_time_ms", float)
+        torch.set_rng_state(part_of(state, "rng", Tensor))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: its rng cannot be one: {error}") from None
+    return step, milliseconds
 
 
 # --- How a run ends.
 
 
-def complain(error: UserError) -> int:
+def complain(error: UserError, rank: int) -> int:
     """Prints the line on stderr that says why a run ends, on rank 0; returns the exit status."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+    if rank == 0:
+        try:
+            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+        except OSError:  # nobody reads it
+            discard(sys.stderr)
     return error.status
+
+
+def prepare_streams() -> None:
+    """Makes stdout and stderr take every character, and be there where the caller closed them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Else the next file that is opened takes the number, and what is printed goes into it.
+            os.open(os.devnull, os.O_RDWR)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def catch_signals(caught: list[UserError] | None = None) -> None:
@@ -2800,7 +3005,7 @@ def catch_signals(caught: list[UserError] | None = None) -> None:
             caught.append(error)
         else:
             # Not an exception: raised inside a compiler or a destructor, it may be swallowed.
-            os._exit(complain(error))
+            os._exit(complain(error, int(os.environ.get("RANK", "0"))))
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -2866,6 +3071,7 @@ def train(settings: Settings, world: World) -> None:
     train_paths = find_shards(settings.train_files, settings.preset)
     plan, train_sizes = plan_batches(settings, train_paths)
     sequences, val_sizes = validation_sequences(settings)
+    check_apart(train_sizes, val_sizes)
     model, objective, optimizer = build(settings, world)
     first, milliseconds = 0, 0.0
     if settings.resume:
@@ -3119,7 +3325,7 @@ def check_settings(settings: Settings, world_size: int) -> None:
     if dim < 12:  # the gates read twelve channels
         raise UserError(f"--dim {dim} must be at least 12")
     if dim % (4 * heads):
-        raise UserError(f"--dim {dim} must be a multiple of 4 for each of --heads {heads}")
+        raise UserError(f"--dim {dim} must be a multiple of {4 * heads}, 4 times --heads {heads}")
     halves = config.layers_with("paired_heads") or config.layers_with("mudd")
     if heads % 2 and (halves or config.head_pairs):
         raise UserError(f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd")
@@ -3255,6 +3461,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
 
+    def exit(self, status: int = 0, message: str | None = None):
+        sys.stdout.flush()  # after --help: here it is noticed if nobody reads
+        super().exit(status, message)
+
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -3275,9 +3485,13 @@ def convert(f: Field, text: str) -> object:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         value = kind(text)
-        if kind is str or low <= value <= high:
+        if kind is str and text in f.metadata.get("choices", [text]):
+            return value
+        if kind is not str and low <= value <= high:
             return value
     wanted = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+    if kind is str:
+        wanted = "one of " + ", ".join(f.metadata["choices"])
     if math.isfinite(low):
         wanted += f", at least {low}"
     if math.isfinite(high):
@@ -3295,13 +3509,13 @@ def add_options(parser: Parser, holder: Settings | ModelConfig, title: str) -> N
         text = f.metadata["help"]
         if default not in (None, ""):
             text += " (default: %(default)s)"
+        how = {"metavar": kind_of(f).__name__.upper()}
         if kind_of(f) is bool:
-            how = {"nargs": "?", "const": True}  # `--compile` alone is true
-        else:
-            how = {"choices": f.metadata.get("choices")}
+            how |= {"nargs": "?", "const": True}  # `--compile` alone is true
+        elif "choices" in f.metadata:
+            how = {"choices": f.metadata["choices"]}
         group.add_argument(
-            option(f.name), type=functools.partial(convert, f),
-            metavar=kind_of(f).__name__.upper(), default=default, help=text, **how,
+            option(f.name), type=functools.partial(convert, f), default=default, help=text, **how
         )
 
 
@@ -3315,9 +3529,17 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     known, _ = first.parse_known_args(arguments)
     preset = PRESETS[known.preset]
+    # A run that goes on has the model of the one before, unless the command line says otherwise.
+    going_on = Parser(add_help=False, allow_abbrev=False)
+    going_on.add_argument("--resume", default="")
+    checkpoint = going_on.parse_known_args(arguments)[0].resume
+    if checkpoint:
+        saved = load_checkpoint(checkpoint)["settings"]
+        if saved.preset == preset.preset:
+            preset = replace(preset, model=replace(saved.model, layers=preset.model.layers))
 
     parser = Parser(
-        usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE …]",
+        usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE ...]",
         description=__doc__.split("\n\n")[0], allow_abbrev=False, parents=[first],
     )
     add_options(parser, preset, f"run (defaults of {preset.preset})")
@@ -3325,6 +3547,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
+        if os.path.exists(name):  # what a shell makes of a pattern
+            raise UserError(f"unexpected {name}: quote a pattern of files, as in 'data/x_*.bin'")
         options = [option(each) for each in vars(parsed)]
         closest = difflib.get_close_matches(name, options, n=1, cutoff=0.0)[0]
         raise UserError(
@@ -3353,7 +3577,9 @@ def main(arguments: list[str]) -> int:
     Exit status: 0 done, 2 a user's mistake, 3 the loss is not finite, 128 + the signal.
     """
     catch_signals()
+    rank = 0
     try:
+        rank, _ = find_rank()
         settings, dry_run = parse_arguments(arguments)
         world = find_world()
         check_settings(settings, world.size)
@@ -3361,9 +3587,13 @@ def main(arguments: list[str]) -> int:
             train(settings, world)
         elif world.rank == 0:
             print_plan(settings, world)
+            sys.stdout.flush()
         return 0
-    except (UserError, MemoryError, RuntimeError) as error:
-        if os.environ.get("RANK", "0") != "0":
+    except BrokenPipeError:  # of --help or --dry-run: `head`, say, has enough
+        discard(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if rank != 0:
             # torchrun ends all ranks with the first one that fails: rank 0 needs time to say why.
             time.sleep(10)
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -3373,13 +3603,18 @@ def main(arguments: list[str]) -> int:
             error = UserError(
                 f"out of memory with {slices} slices; try --slices {2 * slices}, or a smaller model"
             )
+        if isinstance(error, OSError):
+            if error.filename is None:
+                discard(sys.stdout)  # of --help or --dry-run, on a full disk
+            error = UserError(f"{error.filename or 'the output'}: {error.strerror}")
         if not isinstance(error, UserError):
             raise
-        return complain(error)
+        return complain(error, rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    prepare_streams()
     sys.exit(main(sys.argv[1:]))

@@ -2416,10 +2416,13 @@ def find_rank() -> tuple[int, int]:
 
 
 def find_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
+    """This process's GPU, or the CPU where there is none; UserError if the GPUs are too few."""
     if torch.cuda.is_available():
-        last = torch.cuda.device_count() - 1
-        torch.cuda.set_device(environment_number("LOCAL_RANK", 0, low=0, high=last))
+        gpus = torch.cuda.device_count()
+        processes = environment_number("LOCAL_WORLD_SIZE", 1, low=1, high=2**20)
+        if processes > gpus:
+            raise UserError(f"{processes} processes on this node, but PyTorch sees {gpus} GPUs")
+        torch.cuda.set_device(environment_number("LOCAL_RANK", 0, low=0, high=gpus - 1))
         return torch.device("cuda", torch.cuda.current_device())
     # On the CPU a resumed run then equals one that never stopped, bit for bit.
     torch.use_deterministic_algorithms(True)

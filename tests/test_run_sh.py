@@ -1,17 +1,19 @@
-"""run.sh and tests/run.sh, with stand-ins for Python and nvidia-smi that write down how they are called."""
+"""run.sh and tests/run.sh, with a stand-in for Python that writes down how it is called."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [ROOT / "run.sh", ROOT / "setup.sh", ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
 
-# What a shell script may need; no Python and no nvidia-smi but the stand-ins.
+# What a shell script may need; no Python but the stand-in.
 TOOLS = ("bash", "sh", "env", "dirname", "basename", "grep", "sed", "awk", "cat", "cut", "tr", "wc", "head", "tail")
 TOOLS += ("ls", "rm", "mkdir", "cp", "mv", "touch", "uname", "sort", "seq", "printf", "readlink", "id", "true", "false")
 
@@ -22,6 +24,7 @@ name=$0
 here=$(cd "$(dirname "$name")" && pwd)
 case "${{1-}} ${{2-}}" in
     "- ") cat > /dev/null; [ -e "$here/serves" ] ;;
+    "-c "*device_count*) echo "$GPUS" ;;
     "-c "*) [ -e "$here/serves_tests" ] ;;
     "-V ") printf 'Python %s\\n' "${{VERSION:-3.12.4}}" ;;
     "-m venv") for folder in "$@"; do :; done
@@ -37,7 +40,9 @@ esac
 
 
 class Machine:
-    """A copy of the scripts, and a PATH with the tools and the stand-ins."""
+    """A copy of the scripts, and a PATH with the tools and the stand-in, which says that PyTorch sees no GPU."""
+
+    gpus = 0
 
     def __init__(self, folder):
         self.project, self.bin, self.calls_file = folder / "a project", folder / "bin", folder / "calls"
@@ -56,17 +61,13 @@ class Machine:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def with_gpus(self, count):
-        rows = "".join(f"echo 'GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i:08x})'\n" for i in range(count))
-        self.program("nvidia-smi", f'#!{shutil.which("bash")}\n[ "$*" = -L ] || exit 1\n{rows}')
-
     def run(self, *arguments, script="run.sh", cwd=None, status=0, **environment):
         """The calls of Python, each a list of arguments; those that only ask whether it serves are left out."""
         self.calls_file.write_text("")
         result = subprocess.run(
             [shutil.which("bash"), script, *arguments],
             cwd=cwd or self.project,
-            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "HOME": "/nowhere", **environment},
+            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "HOME": "/nowhere", "GPUS": str(self.gpus)} | environment,
             capture_output=True,
             text=True,
             timeout=60,
@@ -148,20 +149,26 @@ def test_without_gpus_it_trains_tiny_in_plain_python_on_the_embedded_corpus(mach
     assert machine.before == [["data/embedded.py"]]
 
 
-def test_driver_without_gpus_is_no_gpu(machine):
-    machine.program("nvidia-smi", f"#!{shutil.which('bash')}\necho 'No devices were found'\nexit 6\n")
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_gpus_are_those_that_pytorch_sees(visible, machine):
+    """The command that counts them, run by the Python of these tests: it has to be right where there are GPUs, too."""
+    command = re.search(r"gpus=\$\(\"\$PYTHON\" -c '(.*?)'\)", (ROOT / "run.sh").read_text(), re.DOTALL)[1]
+    for environment, count in (({"CUDA_VISIBLE_DEVICES": visible}, 0), ({}, torch.cuda.device_count())):
+        where = {**os.environ, **environment}
+        counted = subprocess.run([sys.executable, "-c", command], env=where, stdout=subprocess.PIPE, text=True, check=True)
+        assert counted.stdout == f"{count}\n"
+    assert "nvidia-smi" not in (ROOT / "run.sh").read_text()
 
 
 def test_one_gpu_trains_the_record_in_plain_python(machine):
-    machine.with_gpus(1)
+    machine.gpus = 1
     assert machine.train() == ["train_gpt.py", "--preset", "record"]
     assert machine.before == [["data/cached_fineweb10B.py", "9"]]
 
 
 @pytest.mark.parametrize("gpus", [2, 8])
 def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machine):
-    machine.with_gpus(gpus)
+    machine.gpus = gpus
     call = machine.train("--seed", "7")
     assert call[:2] == ["-m", "torch.distributed.run"]
     assert set(call[2:4]) == {"--standalone", f"--nproc_per_node={gpus}"}
@@ -172,13 +179,13 @@ def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machi
 def test_nproc_is_the_number_of_processes(machine):
     call = machine.train(NPROC="4")
     assert "--nproc_per_node=4" in call and call[-3:] == ["train_gpt.py", "--preset", "tiny"]
-    machine.with_gpus(8)
+    machine.gpus = 8
     assert machine.train(NPROC="1") == ["train_gpt.py", "--preset", "record"]
     assert "--nproc_per_node=2" in machine.train(NPROC="2")
 
 
 def test_several_nodes_meet_through_torchrun(machine):
-    machine.with_gpus(8)
+    machine.gpus = 8
     where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
     call = machine.train("--seed", "7", **where)
     assert call[:2] == ["-m", "torch.distributed.run"]
@@ -197,9 +204,30 @@ def test_one_process_on_each_of_several_nodes_is_torchrun_too(machine):
 def test_several_nodes_without_an_address_or_number_say_which_is_missing(missing, machine):
     where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     del where[missing]
-    calls = machine.run(status=1, **where)
-    assert missing in machine.stderr
-    assert not any("train_gpt.py" in call for call in calls)
+    assert machine.run(status=2, **where) == []
+    assert machine.stderr.startswith(f"run.sh: {missing} is not set") and machine.stderr.count("\n") == 1
+
+
+NODES = {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize("name", ["NPROC", "NNODES", "NODE_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "2 2", "99999999999999999999", "0x2", "a[$(touch x)]", "é"])
+def test_number_that_cannot_be_one_is_refused_before_anything_is_fetched(name, text, machine):
+    assert machine.run(status=2, **(NODES | {name: text})) == []
+    assert machine.stderr.startswith(f"run.sh: {name}={text}: must be a whole number")
+    assert machine.stderr.count("\n") == 1 and not (machine.project / "x").exists()
+
+
+@pytest.mark.parametrize("name, low, high", [("NPROC", 1, 65535), ("NODE_RANK", 0, 3), ("MASTER_PORT", 1, 65535)])
+def test_number_out_of_its_range_is_refused(name, low, high, machine):
+    for number, status in ((low - 1, 2), (low, 0), (high, 0), (high + 1, 2)):
+        machine.run(status=status, **(NODES | {name: str(number)}))
+
+
+def test_number_that_is_set_to_nothing_is_not_set(machine):
+    assert machine.train(NPROC="", NNODES="") == ["train_gpt.py", "--preset", "tiny"]
+    assert "--nnodes=08" in machine.train(**(NODES | {"NNODES": "08", "NODE_RANK": "07"}))
 
 
 ARGUMENTS = ["--train-files", "my data/x_*.bin", "--run-id", "", "--seed=7", "a'b\"c", "$HOME `id` \\", "*"]
@@ -207,7 +235,7 @@ ARGUMENTS = ["--train-files", "my data/x_*.bin", "--run-id", "", "--seed=7", "a'
 
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_arguments_arrive_as_they_are(gpus, machine):
-    machine.with_gpus(gpus)
+    machine.gpus = gpus
     call = machine.train(*ARGUMENTS)
     assert call[call.index("train_gpt.py") + 3 :] == ARGUMENTS
 
@@ -215,7 +243,7 @@ def test_arguments_arrive_as_they_are(gpus, machine):
 @pytest.mark.parametrize("gpus", [0, 8])
 @pytest.mark.parametrize("arguments", [["--preset", "tiny"], ["--preset=tiny"], ["--seed", "1", "--preset", "tiny"]])
 def test_named_preset_is_kept_and_gets_its_data(arguments, gpus, machine):
-    machine.with_gpus(gpus)
+    machine.gpus = gpus
     call = machine.train(*arguments)
     assert call[call.index("train_gpt.py") + 1 :] == arguments
     assert machine.before == [["data/embedded.py"]]
@@ -243,6 +271,11 @@ def test_it_works_from_any_folder(machine, tmp_path):
     for cwd, script in ((tmp_path, "a project/run.sh"), (tmp_path / "elsewhere", "../a project/run.sh")):
         assert machine.train("--seed", "1", cwd=cwd, script=script) == expected
     assert machine.train("--seed", "1", cwd=tmp_path / "elsewhere", script=machine.project / "run.sh") == expected
+    # Through a symbolic link, and a relative one to that.
+    (tmp_path / "linked").symlink_to(machine.project / "run.sh")
+    (tmp_path / "elsewhere" / "again").symlink_to("../linked")
+    for script in (tmp_path / "linked", "../linked", "again"):
+        assert machine.train("--seed", "1", cwd=tmp_path / "elsewhere", script=script) == expected
     # cd looks into the folders of CDPATH first.
     how = {"cwd": tmp_path, "script": "a project/run.sh", "CDPATH": str(tmp_path / "elsewhere")}
     assert machine.train("--seed", "1", **how) == expected

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from command import UserError, first_line
 
 
 @dataclass
@@ -39,22 +40,65 @@ class Checkpoint:
 def load(path: str, device: str = "") -> Checkpoint:
     """The model of a checkpoint of train_gpt.py, on a GPU where there is one; UserError if it cannot be read."""
     state = train_gpt.load_checkpoint(path)
-    settings = state["settings"]
+    settings, weights, step = state["settings"], state.get("model"), state.get("step")
+    if not isinstance(weights, dict) or not train_gpt.is_whole(step, 0):
+        raise UserError(f"{path}: no weights or no step: not a checkpoint of this train_gpt.py; use another")
+    encode, decode = tokenizer(settings.model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = state["model"]["embed"].dtype
+    dtype = matrix_dtype(weights)
     kernels = train_gpt.choose_kernels(settings, device, dtype)
     model = train_gpt.GPT(settings.model, dtype, kernels=kernels)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(train_gpt.resize(state["model"][name], len(p)))
-    return Checkpoint(settings, state["step"], model.to(device), *tokenizer(settings.model))
+            p.copy_(train_gpt.resize(weights[name], len(p)))
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: some weights are infinite or NaN: the run has diverged; use another")
+    return Checkpoint(settings, step, model.to(device), encode, decode)
+
+
+def matrix_dtype(weights: dict) -> torch.dtype:
+    """The dtype of a checkpoint's matrices: that of `embed`, whose name may have a prefix; else float32."""
+    for name, saved in weights.items():
+        if str(name).split(".")[-1] == "embed" and torch.is_tensor(saved) and saved.is_floating_point():
+            return saved.dtype
+    return torch.float32
 
 
 def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:
-    """encode and decode of the vocabulary that a model was trained on: bytes, or GPT-2's."""
-    if config.vocab_size == 257:
-        return lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
-    import tiktoken
+    """encode and decode of the vocabulary that a model was trained on: bytes, or GPT-2's; UserError for others.
 
-    gpt2 = tiktoken.get_encoding("gpt2")
-    return gpt2.encode_ordinary, lambda tokens: gpt2.decode(tokens, errors="replace")
+    Bytes of a command line that are no text, which Python turns into lone surrogates, are bytes again.
+    """
+
+    def to_bytes(text: str) -> bytes:
+        return text.encode(errors="surrogateescape")
+
+    vocabulary = config.vocab_size, config.bos_id
+    if vocabulary == (257, 256):
+        return lambda text: list(to_bytes(text)), lambda tokens: bytes(tokens).decode(errors="replace")
+    if vocabulary != (50257, 50256):
+        raise UserError(
+            f"no tokenizer for a vocabulary of {config.vocab_size:,} whose BOS is {config.bos_id:,}: "
+            "there are bytes, 257 and 256, and GPT-2's, 50,257 and 50,256"
+        )
+    gpt2 = gpt2_encoding()
+
+    def encode(text: str) -> list[int]:
+        try:
+            return gpt2.encode_ordinary(to_bytes(text).decode())
+        except UnicodeError:
+            raise UserError("GPT-2's tokenizer takes UTF-8 alone, and the text has other bytes") from None
+
+    return encode, lambda tokens: gpt2.decode(tokens, errors="replace")
+
+
+def gpt2_encoding():
+    """GPT-2's encoding; UserError if it cannot be had."""
+    try:
+        import tiktoken
+
+        return tiktoken.get_encoding("gpt2")
+    except ImportError:
+        raise UserError("tiktoken is missing: pip install -r requirements.txt") from None
+    except Exception as error:  # it fetches its table once, and passes on what its HTTP library raises
+        raise UserError(f"GPT-2's tokenizer could not be fetched: {first_line(error)}") from None

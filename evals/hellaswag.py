@@ -11,12 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, UserError, catch_interrupts, first_line, run
+from command import Parser, UserError, between, catch_interrupts, first_line, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
 
+import codecs
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -38,21 +41,47 @@ class Completion:
 
 
 def read_items(path: str | None) -> list[dict]:
-    """The items, each with `ctx`, `endings` and `label`: from a JSONL file, or the validation split on the hub."""
+    """The items, each with `ctx`, `endings` and `label`: from a JSONL file, or the validation split on the hub.
+
+    The file may be gzipped, begin with a byte order mark, and have blank lines.
+    """
     if path is None:
         return download_items()
     items = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line)
-                wrong = len(item["endings"]) != 4 or int(item["label"]) not in range(4) or not item["ctx"]
-            except (ValueError, KeyError, TypeError):
-                wrong = True
-            if wrong:
-                raise UserError(f"{path}: line {number}: expected an object with ctx, four endings, and label 0 to 3")
-            items.append(item)
+    try:
+        with open(path, "rb") as file:
+            zipped = file.peek(2).startswith(b"\x1f\x8b")  # as all gzip files do, and no JSON
+            for number, line in enumerate(gzip.open(file) if zipped else file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if not line.strip():
+                    continue
+                item = read_item(line)
+                if item is None:
+                    expected = "ctx (a text), endings (a list of four texts) and label (0 to 3)"
+                    raise UserError(
+                        f"{path}: line {number}: expected an object with {expected}, in UTF-8, and no text empty"
+                    )
+                items.append(item)
+    except (OSError, EOFError, zlib.error) as error:
+        # An OSError without a `strerror` is the gzip module's, as are the other two.
+        reason = getattr(error, "strerror", None) or f"the gzip file is damaged: {first_line(error)}"
+        raise UserError(f"{path}: {reason}") from None
     return items
+
+
+def read_item(line: bytes) -> dict | None:
+    """The item that a line of a JSONL file holds; None if it holds none, or one with something missing or wrong."""
+    try:
+        item = json.loads(line.decode())
+        endings, label = item["endings"], item["label"]
+        texts = [item["ctx"], *endings]
+        four = isinstance(endings, list) and len(endings) == 4
+        # `encode` raises a ValueError for half a surrogate pair, which JSON can escape, but no tokenizer knows.
+        written = all(isinstance(text, str) and text.encode() for text in texts)
+        labelled = type(label) in (int, str) and str(label) in ("0", "1", "2", "3")
+    except (ValueError, KeyError, TypeError, RecursionError):  # the last: brackets within brackets without end
+        return None
+    return item if four and written and labelled else None
 
 
 def download_items() -> list[dict]:
@@ -64,10 +93,10 @@ def download_items() -> list[dict]:
         raise UserError(f"{error.name} is missing: pip install -r evals/requirements.txt, or use --data") from None
     try:
         path = hf_hub_download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", repo_type="dataset")
+        return pyarrow.parquet.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()
     except Exception as error:
         what = f"HellaSwag could not be fetched: {first_line(error)}"
         raise UserError(f"{what}; a local JSONL will do: --data FILE") from None
-    return pyarrow.parquet.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()
 
 
 def completions(items: list[dict], model: checkpoint.Checkpoint) -> Iterator[Completion]:
@@ -119,13 +148,18 @@ def accuracies(items: list[dict], scored: Iterable[tuple]) -> tuple[float, float
     return tuple((each.argmin(1) == labels).double().mean().item() for each in (mean, total))
 
 
-def main() -> None:
+def command_line() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
     parser.add_argument("--data", help="a JSONL file of items (default: Rowan/hellaswag from the Hugging Face hub)")
-    parser.add_argument("--items", type=int, help="only the first so many")
-    parser.add_argument("--pack", type=int, default=16_384, help="tokens of a sequence (default: 16,384)")
-    arguments = parser.parse_args()
+    parser.add_argument("--items", type=between(1, 1_000_000_000), help="only the first so many")
+    length = between(64, 262_144)
+    parser.add_argument("--pack", type=length, default=16_384, help="tokens of a sequence (default: 16,384)")
+    return parser
+
+
+def main() -> None:
+    arguments = command_line().parse_args()
     model = checkpoint.load(arguments.checkpoint)
     items = read_items(arguments.data)[: arguments.items]
     if not items:

@@ -8,14 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, UserError, catch_interrupts, run
+from command import Parser, UserError, between, catch_interrupts, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
+
+import argparse
+import math
 
 import torch
 
 import checkpoint
 import train_gpt
+
+LONGEST = 16_384  # tokens of a prompt, and of what follows: each takes a pass over all that stand before it
 
 
 def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: float, top_k: int, seed: int):
@@ -32,28 +37,48 @@ def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: f
         if temperature == 0:
             token = logits.argmax().item()
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+            below = logits.double() - logits.max()  # 0 for the likeliest token: no temperature overflows it
+            token = torch.multinomial((below / temperature).softmax(-1), 1, generator=generator).item()
         if token == model.bos:
             return
         tokens.append(token)
         yield token
 
 
-def main() -> None:
+def finite(text: str) -> float:
+    """An argparse `type`: a finite number, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number, 0 or more, found {text}")
+    return number
+
+
+def command_line() -> Parser:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of train_gpt.py")
     parser.add_argument("--prompt", default="", help="the text to go on from (default: the start of a document)")
-    parser.add_argument("--tokens", type=int, default=200, help="the most tokens to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="choose among so many tokens, 0 for all (default: 50)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the choices (default: 1)")
-    arguments = parser.parse_args()
-    if arguments.temperature < 0 or arguments.top_k < 0:
-        raise UserError("--temperature and --top-k must not be negative")
+    count, any_size = between(0, LONGEST), between(0, 2**63 - 1)
+    parser.add_argument("--tokens", type=count, default=200, help="the most tokens to write (default: 200)")
+    parser.add_argument("--temperature", type=finite, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument(
+        "--top-k", type=any_size, default=50, help="choose among so many tokens, 0 for all (default: 50)"
+    )
+    parser.add_argument("--seed", type=any_size, default=1, help="seed of the choices (default: 1)")
+    return parser
+
+
+def main() -> None:
+    arguments = command_line().parse_args()
     torch.compiler.set_stance("force_eager")  # every token is another length
     model = checkpoint.load(arguments.checkpoint)
+    prompt = model.encode(arguments.prompt)
+    if len(prompt) > LONGEST:
+        raise UserError(f"--prompt has {len(prompt):,} tokens: give at most {LONGEST:,}")
+    print(model.decode(prompt), end="", flush=True)  # decoded, since it may be bytes that are no text
     tokens, shown = [], ""
-    print(arguments.prompt, end="", flush=True)
     chosen = arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed
     for token in sample(model, arguments.prompt, *chosen):
         tokens.append(token)

@@ -1,12 +1,16 @@
 """Evaluations of a checkpoint: sampling, and HellaSwag packed as one by one."""
 
+import codecs
+import gzip
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +47,7 @@ def path(tmp_path_factory):
 ITEMS = [
     {"ctx": "A man sits", "endings": ["down.", "on a very long bench in the park.", "up", "é."], "label": "1"},
     {"ctx": "She", "endings": ["runs", "walks home", "sings a song", "x"], "label": 0},
-    {"ctx": "In the kitchen, " * 5, "endings": ["he cooks", "he eats it all", "", "they"], "label": 3},
+    {"ctx": "In the kitchen, " * 5, "endings": ["he cooks", "he eats it all", " ", "they"], "label": 3},
 ]  # fmt: skip
 
 
@@ -87,12 +91,20 @@ def test_packed_items_score_as_one_by_one(path):
     assert hellaswag.accuracies(ITEMS, scored) == pytest.approx([sum(each) / 3 for each in best])
 
 
-def command(script, *arguments):
-    options = [sys.executable, str(ROOT / "evals" / script), *map(str, arguments)]
-    return subprocess.run(options, capture_output=True, text=True)
+@pytest.fixture
+def command(launcher, tmp_path):  # noqa: F811
+    """Runs a program of evals/ in an empty folder, and returns what came of it."""
+    return lambda script, *arguments: launcher.start(ROOT / "evals" / script, *arguments, cwd=tmp_path).wait()
 
 
-def test_hellaswag_reports_both_accuracies_with_their_standard_errors(path, data):
+def assert_line(result, *words):
+    """The program has ended with a line that has these words."""
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result
+    for word in words:
+        assert str(word) in result.stderr
+
+
+def test_hellaswag_reports_both_accuracies_with_their_standard_errors(path, data, command):
     result = command("hellaswag.py", "--checkpoint", path, "--data", data, "--pack", "512")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -104,28 +116,125 @@ def test_hellaswag_reports_both_accuracies_with_their_standard_errors(path, data
         assert error == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 3), abs=1e-4)
 
 
+LINE = json.dumps(ITEMS[0]).encode()
+
+
+def test_items_may_be_gzipped_and_have_a_byte_order_mark_and_blank_lines(path, data, tmp_path, command):
+    def result(file):
+        finished = command("hellaswag.py", "--checkpoint", path, "--data", file, "--pack", "512")
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    expected = result(data)
+    content = codecs.BOM_UTF8 + data.read_bytes().replace(b"\n", b"\r\n\r\n \n") + b"\n\n"
+    data.write_bytes(gzip.compress(content))
+    assert result(data) == expected
+    (tmp_path / "bom.jsonl").write_bytes(content.rstrip())
+    assert result(tmp_path / "bom.jsonl").splitlines()[1:] == expected.splitlines()[1:]
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("", "no items"),
-        ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}\n', "line 1"),
-        (json.dumps(ITEMS[0]) + "\nnot json\n", "line 2"),
-        (json.dumps({**ITEMS[0], "label": 4}) + "\n", "label 0 to 3"),
-        (json.dumps({**ITEMS[0], "ctx": "a " * 500}) + "\n", "--pack 512"),
+        (b"", "no items"),
+        (b"\n \n", "no items"),
+        (LINE + b"\nnot json\n", "line 2: expected an object with ctx"),
+        (LINE + b"\n\n" + "{'é'}".encode("latin-1"), "line 3"),
+        (LINE.replace(b"man", "é".encode("latin-1")), "line 1"),
+        (LINE.decode().encode("utf-16"), "line 1"),
+        (LINE[:-1], "line 1"),
+        (LINE.replace(b"man", rb"\ud800"), "line 1"),
+        (LINE.replace(b"park", rb"\udfff"), "line 1"),
+        (b"[" * 100_000, "line 1"),
+        (LINE.replace(b'"1"', b"9" * 5000), "line 1"),
+        (gzip.compress(LINE)[:-9], "items.jsonl: the gzip file is damaged"),
+        (gzip.compress(LINE) + b"and more", "items.jsonl: the gzip file is damaged"),
+        (gzip.compress(LINE)[:20] + bytes(40), "items.jsonl: the gzip file is damaged"),
+        (gzip.compress(LINE + b"\nnot json\n"), "line 2"),
+        (json.dumps({**ITEMS[0], "ctx": "a " * 500}).encode(), "--pack 512"),
     ],
 )
-def test_bad_items_are_answered_with_a_line(path, data, content, words, monkeypatch):
-    data.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["hellaswag.py", "--checkpoint", str(path), "--data", str(data), "--pack", "512"])
-    with pytest.raises(UserError) as end:
-        hellaswag.main()
-    assert end.value.status == 2 and words in str(end.value)
+def test_bad_files_of_items_are_answered_with_a_line(path, data, content, words, command):
+    data.write_bytes(content)
+    assert_line(command("hellaswag.py", "--checkpoint", path, "--data", data, "--pack", "512"), words)
 
 
-def test_missing_checkpoint_is_answered_with_a_line(tmp_path):
+@pytest.mark.parametrize(
+    "key, wrong",
+    [
+        ("ctx", [None, "", 3, ["A man sits"], {}]),
+        ("endings", [None, "abcd", ["a"] * 3, ["a"] * 5, [*"abc", ""], [*"abc", 4], dict.fromkeys("abcd")]),
+        ("label", [None, 4, -1, 1.7, 1.0, True, False, "", "4", "1.0", " 1", "\u0661", [1]]),
+    ],
+)  # fmt: skip
+def test_wrong_items_are_answered_with_a_line(key, wrong, path, data, command):
+    missing = {name: value for name, value in ITEMS[0].items() if name != key}
+    for item in (missing, [missing], *({**ITEMS[0], key: value} for value in wrong)):
+        data.write_bytes(LINE + b"\n" + json.dumps(item).encode() + b"\n" + LINE)
+        assert_line(command("hellaswag.py", "--checkpoint", path, "--data", data), data, "line 2: expected", key)
+
+
+def test_unreadable_files_of_items_are_answered_with_a_line(path, tmp_path, command):
+    for file in tmp_path, tmp_path / "none.jsonl":
+        assert_line(command("hellaswag.py", "--checkpoint", path, "--data", file), file)
+
+
+@pytest.mark.parametrize(
+    "script, option, wrong",
+    [
+        ("hellaswag.py", "--items", ["-1", "0", "1.5", "9" * 30]),
+        ("hellaswag.py", "--pack", ["-512", "0", "1", "9" * 30]),
+        ("sample.py", "--tokens", ["-1", "x", "9" * 30]),
+        ("sample.py", "--temperature", ["nan", "inf", "-inf", "-0.1", "1e999", "", "hot"]),
+        ("sample.py", "--top-k", ["-1", "2.5"]),
+        ("sample.py", "--seed", ["-1", "9" * 20, "one"]),
+    ],
+)
+def test_wrong_options_are_answered_with_a_line(script, option, wrong, path, command):
+    for text in wrong:
+        assert_line(command(script, "--checkpoint", path, f"{option}={text}"), option, f"found {text}")
+
+
+def test_bad_checkpoints_are_answered_with_a_line(path, tmp_path, command):
+    state = torch.load(path)
+    weights, settings = state["model"], state["settings"]
+    bad = {
+        "infinite": {"model": {**weights, "vo_bank": weights["vo_bank"] / 0}},
+        "no weights": {"model": None},
+        "no step": {"step": "last"},
+        "vocabulary of 300": {"settings": {**settings, "model": {**settings["model"], "vocab_size": 300}}},
+    }
+    for words, changes in bad.items():
+        torch.save({**state, **changes}, tmp_path / "bad.pt")
+        assert_line(command("sample.py", "--checkpoint", tmp_path / "bad.pt"), words)
     for script in "sample.py", "hellaswag.py":
-        result = command(script, "--checkpoint", tmp_path / "none.pt")
-        assert result.returncode == 2 and "none.pt" in result.stderr and result.stderr.count("\n") == 1
+        assert_line(command(script, "--checkpoint", tmp_path / "none.pt"), "none.pt")
+
+
+def test_gpt2s_tokenizer_takes_what_is_utf8_and_else_there_is_a_line(monkeypatch):
+    class Encoding:
+        def encode_ordinary(self, text):
+            return list(text.encode())
+
+    config = replace(CONFIG, vocab_size=50257, bos_id=50256)
+    monkeypatch.setattr(checkpoint, "gpt2_encoding", Encoding)
+    encode, _ = checkpoint.tokenizer(config)
+    assert encode("é") == encode(os.fsdecode("é".encode())) == encode("\udcc3\udca9") == [0xC3, 0xA9]
+    for text in "\udcff", "\ud800", "é\udcc3":
+        with pytest.raises(UserError, match="UTF-8 alone"):
+            encode(text)
+
+
+def test_gpt2s_tokenizer_that_cannot_be_had_is_answered_with_a_line(monkeypatch):
+    def fail(name):
+        raise ConnectionError("no network\nand a paragraph more")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=fail))
+    with pytest.raises(UserError, match="^GPT-2's tokenizer could not be fetched: no network$"):
+        checkpoint.gpt2_encoding()
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match="tiktoken is missing: pip install"):
+        checkpoint.gpt2_encoding()
 
 
 def test_samples_are_the_same_for_a_seed_and_follow_the_probabilities(path):
@@ -143,15 +252,45 @@ def test_samples_are_the_same_for_a_seed_and_follow_the_probabilities(path):
         assert token == model.logits(torch.tensor([model.bos, *b"x", *greedy[:n]])).argmax()
 
 
-def test_sample_prints_the_prompt_and_what_follows(path):
+def test_sample_prints_the_prompt_and_what_follows(path, command):
     result = command("sample.py", "--checkpoint", path, "--prompt", "import ", "--tokens", "5", "--seed", "3")
     assert result.returncode == 0 and result.stdout.startswith("import ") and result.stdout.endswith("\n")
+
+
+def test_the_least_temperatures_take_the_likeliest_token(path, command):
+    def text(temperature, *more):
+        result = command("sample.py", "--checkpoint", path, "--tokens", "8", "--temperature", temperature, *more)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    greedy = text("0")
+    for temperature in "1e-38", "1e-300", "5e-324":
+        assert text(temperature) == text(temperature, "--top-k", "0") == greedy
+    assert text("1e308", "--top-k", 2**63 - 1, "--seed", 2**63 - 1) != greedy
+
+
+def test_prompt_may_be_bytes_that_are_no_text_on_any_terminal(path):
+    program = [sys.executable, ROOT / "evals" / "sample.py", "--checkpoint", path]
+    for encoding, expected in ("utf-8", "a\ufffdb\n".encode()), ("ascii", b"a\\ufffdb\n"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        options = "--tokens", "0", "--prompt", b"a\xffb"
+        result = subprocess.run([*program, *options], capture_output=True, env=environment)
+        assert (result.returncode, result.stdout) == (0, expected), result.stderr
+    model = checkpoint.load(str(path), "cpu")
+    assert model.encode(os.fsdecode(b"a\xffb")) == [*b"a\xffb"]
+
+
+def test_prompt_that_is_too_long_is_answered_with_a_line(path, command):
+    for length, status in (sample.LONGEST, 0), (sample.LONGEST + 1, 2):
+        result = command("sample.py", "--checkpoint", path, "--prompt", "x" * length, "--tokens", "1")
+        assert result.returncode == status
+    assert_line(result, "--prompt has 16,385 tokens")
 
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "slept"]
 
 
-def test_hellaswag_of_a_trained_model_finds_the_likely_endings_packed_or_not(launcher, tmp_path):  # noqa: F811
+def test_hellaswag_of_a_trained_model_finds_the_likely_endings_packed_or_not(launcher, tmp_path, command):  # noqa: F811
     from test_command_line import MAIN, MODEL, SMALL, VALIDATION
 
     rng = random.Random(0)

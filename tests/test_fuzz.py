@@ -1,6 +1,9 @@
 """A few thousand random shards, checkpoints and command lines: each ends in success or in one clear line."""
 
 import dataclasses
+import gzip
+import json
+import math
 import random
 import struct
 
@@ -145,3 +148,88 @@ def test_random_command_lines():
         except program.UserError as error:
             assert str(error) and "\n" not in str(error), arguments
     assert 100 < good < 2900
+
+
+def random_items(rng: random.Random) -> bytes:
+    """A good file of HellaSwag's items with up to three faults of any kind, some of them harmless."""
+    lines = []
+    for _ in range(rng.choice([0, 1, 1, 2, 5])):
+        item = {"ctx": "She é", "endings": ["a", "b.", " ", "d d"], "label": rng.choice([0, 3, "1"]), "id": 7}
+        if rng.random() < 0.2:
+            texts = ["", "x", "\ud800", "\U0001f600", None, 1, True, 1.5, math.nan, [], {}, "3", "4", -1, 10**40]
+            wrong = rng.choice([*texts, ["a"] * 4, ["a"] * 3, dict.fromkeys("abcd", "a")])
+            place = rng.choice(["ctx", "endings", "ending", "label", "id"])
+            if place == "ending":
+                item["endings"][rng.randrange(4)] = wrong
+            else:
+                item[place] = wrong
+            if rng.random() < 0.2:
+                del item[rng.choice(list(item))]
+        text = json.dumps(rng.choice([item] * 30 + [[item], None, 3]), ensure_ascii=rng.random() < 0.5)
+        lines.append(text.encode(rng.choice(["utf-8"] * 9 + ["latin-1"]), errors="ignore"))
+        lines.extend(rng.choice([[], [], [], [b""], [b" \t"], [b"[" * 50_000], [b"not JSON"]]))
+    content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + rng.choice([b"\n", b"\n", b"\r\n"]).join(lines)
+    content += rng.choice([b"", b"\n", b"\n\n"])
+    if rng.random() < 0.3:
+        content = gzip.compress(content)
+    damaged = bytearray(content)
+    for _ in range(rng.choice([0, 0, 1, 3]) if content else 0):
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(damaged[: rng.choice([len(content)] * 4 + [rng.randrange(len(content) + 1)])])
+
+
+def test_random_files_of_items(tmp_path):
+    import hellaswag
+    from command import UserError
+
+    rng, path, good = random.Random(4), tmp_path / "fuzz.jsonl", 0
+    for _ in range(800):
+        content = random_items(rng)
+        path.write_bytes(content)
+        zipped = content[:2] == b"\x1f\x8b"
+        try:
+            items = hellaswag.read_items(str(path))
+        except UserError as error:
+            assert_line(error, f"{path}: " if zipped else f"{path}: line ")
+            continue
+        good += 1
+        lines = (gzip.decompress(content) if zipped else content).decode("utf-8-sig").split("\n")
+        assert items == [json.loads(line) for line in lines if not line.isspace() and line]
+        for item in items:
+            assert len(item["endings"]) == 4 and type(item["endings"]) is list
+            for text in item["ctx"], *item["endings"]:
+                assert type(text) is str and text.encode("utf-8")
+            assert repr(item["label"]).strip("'") in ("0", "1", "2", "3")
+    assert 100 < good < 700
+
+
+def test_random_command_lines_of_evals():
+    import hellaswag
+    import sample
+    from command import UserError
+
+    rng, good = random.Random(5), 0
+    values = ["0", "1", "-1", "64", "0.5", "nan", "inf", "-inf", "1e-300", "1e999", "", "é", "\udcff", "%s", "9" * 30]
+    options = {
+        hellaswag: ["--data", "--items", "--pack"],
+        sample: ["--prompt", "--tokens", "--temperature", "--top-k", "--seed"],
+    }
+    for _ in range(300):
+        program = rng.choice(list(options))
+        arguments = ["--checkpoint", "x.pt"] * (rng.random() < 0.9)
+        for _ in range(rng.randrange(4)):
+            name, value = rng.choice([*options[program], "-x"]), rng.choice([*values, "9" * 5000])
+            whole = [[name, value], [f"{name}={value}"]]
+            arguments += rng.choice(whole * 4 + [[name], [value]])
+        try:
+            parsed = program.command_line().parse_args(arguments)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error), arguments
+            continue
+        good += 1
+        if program is hellaswag:
+            assert (parsed.items is None or parsed.items >= 1) and parsed.pack >= 64
+        else:
+            assert parsed.tokens >= 0 and 0 <= parsed.temperature < math.inf
+            assert parsed.top_k >= 0 and torch.Generator().manual_seed(parsed.seed)
+    assert 50 < good < 250

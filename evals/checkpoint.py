@@ -40,28 +40,16 @@ class Checkpoint:
 def load(path: str, device: str = "") -> Checkpoint:
     """The model of a checkpoint of train_gpt.py, on a GPU where there is one; UserError if it cannot be read."""
     state = train_gpt.load_checkpoint(path)
-    settings, weights, step = state["settings"], state.get("model"), state.get("step")
-    if not isinstance(weights, dict) or not train_gpt.is_whole(step, 0):
-        raise UserError(f"{path}: no weights or no step: not a checkpoint of this train_gpt.py; use another")
+    settings, weights = state["settings"], state["model"]
     encode, decode = tokenizer(settings.model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = matrix_dtype(weights)
+    dtype = weights["embed"].dtype
     kernels = train_gpt.choose_kernels(settings, device, dtype)
     model = train_gpt.GPT(settings.model, dtype, kernels=kernels)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(train_gpt.resize(weights[name], len(p)))
+    train_gpt.load_weights(model, weights, path)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{path}: some weights are infinite or NaN: the run has diverged; use another")
-    return Checkpoint(settings, step, model.to(device), encode, decode)
-
-
-def matrix_dtype(weights: dict) -> torch.dtype:
-    """The dtype of a checkpoint's matrices: that of `embed`, whose name may have a prefix; else float32."""
-    for name, saved in weights.items():
-        if str(name).split(".")[-1] == "embed" and torch.is_tensor(saved) and saved.is_floating_point():
-            return saved.dtype
-    return torch.float32
+    return Checkpoint(settings, state["step"], model.to(device), encode, decode)
 
 
 def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:

@@ -200,8 +200,12 @@ def test_bad_checkpoints_are_answered_with_a_line(path, tmp_path, command):
     weights, settings = state["model"], state["settings"]
     bad = {
         "infinite": {"model": {**weights, "vo_bank": weights["vo_bank"] / 0}},
-        "no weights": {"model": None},
+        "no model": {"model": None},
         "no step": {"step": "last"},
+        "no embed": {"model": {name: p for name, p in weights.items() if name != "embed"}},
+        "vo_bank": {"model": {name: p for name, p in weights.items() if name != "vo_bank"}},
+        "lm_head": {"model": {**weights, "lm_head": weights["lm_head"][:-1]}},
+        "another_bank": {"model": {**weights, "another_bank": weights["vo_bank"]}},
         "vocabulary of 300": {"settings": {**settings, "model": {**settings["model"], "vocab_size": 300}}},
     }
     for words, changes in bad.items():
@@ -209,6 +213,14 @@ def test_bad_checkpoints_are_answered_with_a_line(path, tmp_path, command):
         assert_line(command("sample.py", "--checkpoint", tmp_path / "bad.pt"), words)
     for script in "sample.py", "hellaswag.py":
         assert_line(command(script, "--checkpoint", tmp_path / "none.pt"), "none.pt")
+
+
+def test_checkpoint_of_a_compiled_model_is_as_good(path, tmp_path):
+    state = torch.load(path)
+    model = {f"module._orig_mod.{name}": p for name, p in state["model"].items()}
+    torch.save({**state, "model": model}, tmp_path / "compiled.pt")
+    one, other = (checkpoint.load(str(each), "cpu").model for each in (path, tmp_path / "compiled.pt"))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
 
 
 def test_gpt2s_tokenizer_takes_what_is_utf8_and_else_there_is_a_line(monkeypatch):

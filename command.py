@@ -28,6 +28,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text.startswith("--") and text.endswith("=--"):
+                self.error(f"{text}: a value is missing")  # argparse would take it for an empty list
+        return super().parse_known_args(args, namespace)
+
 
 def between(low: int, high: int) -> Callable[[str], int]:
     """An argparse `type`: a whole number from `low` to `high`."""
@@ -55,7 +61,8 @@ def first_line(error: Exception) -> str:
 
 def report(message: object) -> None:
     """Prints a line on stderr, after the program's name."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = " ".join(str(message).splitlines())  # a name of a file may hold more
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
 
 class Stopped(KeyboardInterrupt):

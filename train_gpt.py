@@ -2866,12 +2866,14 @@ def load_checkpoint(path: str) -> dict:
         reason = getattr(error, "strerror", None) or "damaged, or not a checkpoint; use another"
         raise UserError(f"{path}: {reason}") from None
     try:
-        part_of(state, "step", int)
+        if not is_whole(part_of(state, "step", int), 0):
+            raise UserError(f"its step is {state['step']}: not a checkpoint of this train_gpt.py")
         weights = {}
         for name, tensor in part_of(state, "model", dict).items():
             # Compiled or distributed models put these before the names.
             weights[re.sub(r"^((module|_orig_mod)\.)+", "", str(name))] = tensor
-        part_of(weights, "embed", Tensor)
+        if not part_of(weights, "embed", Tensor).is_floating_point():
+            raise UserError(f"its embed is of {weights['embed'].dtype}; use another")
         state["model"] = weights
         saved = part_of(state, "settings", dict)
         config = part_of(saved, "model", dict)
@@ -2976,7 +2978,8 @@ def complain(error: UserError, rank: int) -> int:
     """Prints the line on stderr that says why a run ends, on rank 0; returns the exit status."""
     if rank == 0:
         try:
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).splitlines())  # a name of a file may hold more
+            print(f"train_gpt.py: {line}", file=sys.stderr, flush=True)
         except OSError:  # nobody reads it
             discard(sys.stderr)
     return error.status
@@ -3561,6 +3564,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     of_model = [f.name for f in fields(ModelConfig)]
     run_changes, model_changes = {}, {}
     for name, value in vars(parsed).items():
+        if value == []:  # argparse makes it of `--seed=--`
+            raise UserError(f"{option(name)} needs a value")
         if name in of_model:
             model_changes[name] = value
         elif name != "dry_run":

@@ -64,10 +64,11 @@ class Machine:
     def run(self, *arguments, script="run.sh", cwd=None, status=0, **environment):
         """The calls of Python, each a list of arguments; those that only ask whether it serves are left out."""
         self.calls_file.write_text("")
+        stand_in = {"CALLS": str(self.calls_file), "GPUS": str(self.gpus)}
         result = subprocess.run(
             [shutil.which("bash"), script, *arguments],
             cwd=cwd or self.project,
-            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "HOME": "/nowhere", "GPUS": str(self.gpus)} | environment,
+            env={"PATH": str(self.bin), "HOME": "/nowhere", **stand_in, **environment},
             capture_output=True,
             text=True,
             timeout=60,
@@ -155,8 +156,8 @@ def test_gpus_are_those_that_pytorch_sees(visible, machine):
     command = re.search(r"gpus=\$\(\"\$PYTHON\" -c '(.*?)'\)", (ROOT / "run.sh").read_text(), re.DOTALL)[1]
     for environment, count in (({"CUDA_VISIBLE_DEVICES": visible}, 0), ({}, torch.cuda.device_count())):
         where = {**os.environ, **environment}
-        counted = subprocess.run([sys.executable, "-c", command], env=where, stdout=subprocess.PIPE, text=True, check=True)
-        assert counted.stdout == f"{count}\n"
+        counted = subprocess.check_output([sys.executable, "-c", command], env=where, text=True)
+        assert counted == f"{count}\n"
     assert "nvidia-smi" not in (ROOT / "run.sh").read_text()
 
 

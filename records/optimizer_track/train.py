@@ -5,16 +5,20 @@ optimizer, write one function in the section Optimizers; its keyword parameters 
 log are those of train_gpt.py. Importing this file has no side effects.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # what is imported next takes seconds: Ctrl-C ends that without a traceback
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import glob
 import hashlib
 import inspect
 import json
 import math
-import os
 import resource
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -283,6 +287,14 @@ def open_log(settings: Settings, data: dict[str, dict[str, int]]):
     return file
 
 
+def show(text: str = "") -> None:
+    """Prints a line; when nobody reads any more, that and what follows goes nowhere, and the run goes on."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def peak_memory() -> str:
     """The log's last line. On the CPU both numbers are the process's largest resident set."""
     sizes = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
@@ -318,7 +330,7 @@ def train(settings: Settings) -> int:
 
     def log(text: str) -> None:
         file.write(text.encode() + b"\n")
-        print(text, flush=True)
+        show(text)
 
     signals: list[int] = []  # the loop sees to the first after its step; a second one ends the process at once
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -394,4 +406,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        show()  # what --help has printed, say

@@ -2752,7 +2752,7 @@ class Log:
 
     def open(self, header: str) -> None:
         """Begins the file, with its header; UserError if it exists or cannot be written."""
-        folder = self.path.parent
+        folder = Path("logs")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is no folder; logs need one of this name here")
         try:

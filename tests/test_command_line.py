@@ -133,7 +133,7 @@ class Running:
         self.launcher, self.pid, self.folder, self.status = launcher, pid, folder, None
 
     def stdout(self):
-        return (self.folder / "stdout").read_text()
+        return (self.folder / "stdout").read_text(errors="replace")
 
     def wait_for(self, pattern, seconds=60):
         """Waits until stdout has this; True if it came."""
@@ -159,7 +159,7 @@ class Running:
                 self.kill(signal.SIGKILL)
                 raise TimeoutError((self.folder / "stderr").read_text())
             time.sleep(0.01)
-        return Finished(self.status, self.stdout(), (self.folder / "stderr").read_text())
+        return Finished(self.status, self.stdout(), (self.folder / "stderr").read_text(errors="replace"))
 
 
 class Launcher:
@@ -307,6 +307,61 @@ def test_missing_shards_are_answered_with_the_pattern_and_the_command_that_makes
     assert script == ROOT / {"tiny": "data/embedded.py", "record": "data/cached_fineweb10B.py"}[preset]
     assert script.is_file()
     assert ("./run.sh, or --preset tiny" in line) == (preset == "record")  # there is no GPU here
+
+
+def test_preset_finds_its_shards_beside_the_script_from_any_folder(launcher, data, tmp_path):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "data" / "sympy").mkdir(parents=True)
+    elsewhere.mkdir()
+    shutil.copy(SCRIPT, project)
+    for split in ("train_000001", "train_000002", "val_000000"):
+        shutil.copy(data / f"x_{split}.bin", project / "data" / "sympy" / f"sympy_{split}.bin")
+    # That copy of the script, and not the one that the launcher has imported.
+    first = f"import sys\ndel sys.modules['train_gpt']\nsys.path.insert(0, {str(project)!r})\n"
+    script = first + SMALL + MAIN
+    arguments = ("--preset", "tiny", *MODEL, *VALIDATION, "--steps", "4", "--run-id", "a")
+    result = launcher.start(script, *arguments, cwd=elsewhere).wait()
+    assert result.returncode == 0, result.stderr
+    assert "data: train ../project/data/sympy/sympy_train_000001.bin" in (elsewhere / "logs" / "a.txt").read_text()
+    # Other patterns count from the folder of the run.
+    result = launcher.start(script, *arguments, "--train-files", "data/sympy/s*_train_*.bin", cwd=elsewhere).wait()
+    assert_line(result, "no shards match data/sympy/s*_train_*.bin", "python ../project/data/embedded.py")
+
+
+def test_pattern_that_the_shell_has_expanded_is_answered_with_quotes(small, data, tmp_path):
+    files = sorted(map(str, data.glob("x_train_*.bin")))
+    assert_refused(small("--steps", "4", "--train-files", *files), tmp_path, files[1], "quote")
+
+
+@pytest.mark.parametrize("how", ["same", "link", "copy"])
+def test_training_shard_that_is_a_validation_shard_is_refused(how, small, data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shard, twin = data / "x_val_000000.bin", tmp_path / "twin_000001.bin"
+    if how == "copy":
+        shutil.copy(shard, twin)
+    elif how == "link":
+        twin.symlink_to(shard)
+    files = ("--train-files", shard if how == "same" else twin, "--epochs", "9")
+    assert_refused(small("--steps", "4", *files, cwd=folder), folder, str(files[1]), str(shard))
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 17, 1000, 1025, 2048])
+def test_advice_for_a_small_validation_stream_works(tokens, small, data, tmp_path):
+    """With what the line advises the run validates, on at least half of what there is."""
+    shards.write_shard(tmp_path / "few_000000.bin", random_documents(5, 4000)[:tokens])
+    files = ("--steps", "4", "--val-files", str(tmp_path / "few_*.bin"))
+    line = assert_line(small(*files), "too few validation tokens", f"{tokens:,}")
+    advised = re.search(r"or use (--val-tokens (\d+)(?: --val-seq-len (\d+))?)", line)
+    assert tokens / 2 <= int(advised[2]) < tokens
+    result = small(*files, *advised[1].split())
+    assert result.returncode == 0, result.stderr
+
+
+def test_validation_stream_of_nothing_has_no_advice_but_more_data(small, tmp_path):
+    shards.write_shard(tmp_path / "few_000000.bin", np.array([BOS]))
+    line = assert_line(small("--steps", "4", "--val-files", str(tmp_path / "few_*.bin")), "add shards")
+    assert "--val-tokens 0" not in line and "use" not in line
 
 
 GOOD = [BOS, 1, 2, 3, BOS, 4, 5, 6]
@@ -490,6 +545,154 @@ def test_place_where_no_log_can_be_written_is_named(small, tmp_path):
     line = assert_line(small("--steps", "4"), "logs: ", "folder")
     assert "--run-id" not in line
     assert (tmp_path / "logs").read_text() == "a file"
+
+
+FAILING = """
+import builtins, errno
+def open_failing(file, *args, original=open, **kwargs):
+    if str(file).startswith("logs"):
+        raise OSError(errno.{code}, os.strerror(errno.{code}))
+    return original(file, *args, **kwargs)
+builtins.open = open_failing
+"""
+
+
+@pytest.mark.parametrize(
+    "code, reason, other_name",
+    [
+        ("ENOSPC", "No space left on device", False),
+        ("EROFS", "Read-only file system", False),
+        ("EACCES", "Permission denied", False),
+        ("EEXIST", "File exists", True),
+    ],
+)
+def test_log_that_cannot_be_written_is_answered_with_the_reason(code, reason, other_name, small, tmp_path):
+    line = assert_line(small("--steps", "4", before=FAILING.format(code=code)), "logs/", reason)
+    assert ("choose another --run-id" in line) == other_name
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/x", "x" * 300, "logs.txt/x"])
+def test_run_id_that_can_be_no_file_is_answered_with_choose_another(name, small, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "logs.txt").touch()
+    assert_line(small("--steps", "4", "--run-id", name), "cannot be written", "choose another --run-id")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who reads, and with what
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Said before `main`, as if a shell had opened the streams so.
+REOPEN = """
+sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+train_gpt.prepare_streams()
+"""
+GONE = {
+    "no reader": "r, w = os.pipe(); os.close(r); os.dup2(w, 1)" + REOPEN,
+    "no reader of both": "r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.dup2(w, 2)" + REOPEN,
+    "full disk": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)" + REOPEN,
+    "a reader that reads a line": """
+import threading
+def read_a_line(r):
+    with open(r) as file:
+        file.readline()
+r, w = os.pipe()
+os.dup2(w, 1)
+threading.Thread(target=read_a_line, args=(r,)).start()
+"""
+    + REOPEN,
+}
+
+
+@pytest.mark.parametrize("how", GONE)
+def test_run_outlives_its_reader_with_one_warning_in_the_log(how, small, tmp_path):
+    result = small("--steps", "12", "--checkpoint-last", "--run-id", "a", before=GONE[how])
+    assert result.returncode == 0 and result.stderr == ""
+    lines = log_lines(tmp_path)
+    assert sum(line.startswith("warning: the screen is gone") for line in lines) == 1
+    assert last_step(tmp_path) == 12 and lines[-1].startswith("peak memory")
+    assert (tmp_path / "logs" / "a_step000012.pt").is_file()
+
+
+@pytest.mark.parametrize("numbers", [[1], [2], [0, 1, 2]])
+def test_run_with_closed_streams_writes_its_log_alone(numbers, small, tmp_path):
+    before = f"names = ('stdin', 'stdout', 'stderr')\nfor number in {numbers}:\n    os.close(number)\n"
+    before += "    setattr(sys, names[number], None)\ntrain_gpt.prepare_streams()\n"
+    result = small("--steps", "4", "--checkpoint-last", "--run-id", "a", before=before)
+    assert result.returncode == 0
+    lines = log_lines(tmp_path)
+    # Nothing that was meant for the screen, such as "log: logs/a.txt", went into a file that took its number.
+    assert not any(line.startswith("log: logs/") for line in lines) and lines[-1].startswith("peak memory")
+    assert (tmp_path / "logs" / "a_step000004.pt").is_file()
+
+
+def as_main(before):
+    """A script that does this first, and then is train_gpt.py as a shell starts it."""
+    head = f"import os, runpy, sys, train_gpt\nsys.argv[0] = {str(SCRIPT)!r}\n"
+    return f"{head}{before}\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--preset", "tiny", "--dry-run"], ["--preset", "tinny"]])
+@pytest.mark.parametrize("how", ["no reader", "no reader of both", "full disk"])
+def test_what_only_prints_ends_quietly_without_a_reader(arguments, how, launcher, tmp_path):
+    result = launcher.start(as_main(GONE[how]), *arguments, cwd=tmp_path).wait()
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    assert result.stderr.count("\n") <= 1 and result.returncode in (0, 2, 141)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize(
+    "arguments, status", [(["--help"], 0), (["--preset", "tiny", "--dry-run"], 0), (["--preset", "é…\udcff"], 2)]
+)
+def test_whatever_is_printed_fits_any_encoding(arguments, status, encoding, launcher, tmp_path):
+    streams = ", ".join(f"open({number}, 'w', encoding={encoding!r}, closefd=False)" for number in (1, 2))
+    result = launcher.start(as_main(f"sys.stdout, sys.stderr = {streams}"), *arguments, cwd=tmp_path).wait()
+    assert "Traceback" not in result.stderr and result.returncode == status
+
+
+def test_paths_that_are_not_utf_8_are_logged(small, data, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9")
+    shutil.copytree(data, folder)
+    files = ("--train-files", f"{folder}/x_train_*.bin")
+    result = small("--steps", "4", "--run-id", "\udce9", *files, before="train_gpt.prepare_streams()")
+    assert result.returncode == 0, result.stderr
+    (path,) = os.scandir(os.fsencode(tmp_path) + b"/logs")
+    assert path.name == b"\xe9.txt"
+    text = Path(os.fsdecode(path.path)).read_text(encoding="utf-8")
+    assert "/\\udcff\\udce9/x_train_000001.bin" in text and "step:4/4 val_loss" in text
+
+
+@pytest.mark.parametrize("system", ["win32", "cygwin", "freebsd14"])
+def test_other_systems_are_named_before_anything_is_imported(system, tmp_path):
+    code = f"import sys; sys.platform = {system!r}; sys.modules['torch'] = None; import runpy; sys.argv[:] = ['x']\n"
+    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Linux" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The environment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, name",
+    [
+        ({"RANK": "abc"}, "RANK"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1"}, "RANK"),
+        ({"RANK": ""}, "RANK"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "99999", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "MASTER_ADDR"),
+    ],
+)
+def test_environment_that_cannot_be_torchruns_is_refused(environment, name, small, tmp_path):
+    assert_refused(small("--steps", "4", **environment), tmp_path, name, "torchrun")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

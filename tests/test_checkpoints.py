@@ -14,6 +14,9 @@ import torch
 import test_distributed
 import train_gpt as program
 from test_command_line import (  # noqa: F401 (fixtures)
+    MAIN,
+    SMALL,
+    VALIDATION,
     assert_line,
     command,
     data,
@@ -203,6 +206,107 @@ def test_checkpoint_of_another_run_is_refused_with_the_field_that_differs(option
     assert not list(folder.iterdir())
 
 
+def without(name):
+    def remove(part):
+        del part[name]
+
+    return remove
+
+
+def renamed(old, new):
+    def rename(part):
+        part[new] = part.pop(old)
+
+    return rename
+
+
+def put(name, value):
+    def replace(part):
+        part[name] = value(part[name]) if callable(value) else value
+
+    return replace
+
+
+FOREIGN = {
+    "no settings": (lambda state: state, without("settings"), ["has no settings"]),
+    "no step": (lambda state: state, without("step"), ["has no step"]),
+    "a step below 0": (lambda state: state, put("step", -1), ["step is -1"]),
+    "no weights": (lambda state: state, without("model"), ["has no model"]),
+    "no optimizer": (lambda state: state, without("optimizer"), ["has no optimizer"]),
+    "no time": (lambda state: state, without("train_time_ms"), ["has no train_time_ms"]),
+    "no rng": (lambda state: state, without("rng"), ["has no rng"]),
+    "a short rng": (lambda state: state, put("rng", torch.zeros(3, dtype=torch.uint8)), ["rng"]),
+    "a parameter less": (lambda state: state["model"], without("mlp_bank"), ["has no parameter mlp_bank"]),
+    "no embed": (lambda state: state["model"], without("embed"), ["has no embed"]),
+    "a parameter more": (lambda state: state["model"], put("lm_head_2", torch.zeros(1)), ["lm_head_2"]),
+    "a renamed one": (lambda state: state["model"], renamed("qk_bank", "q_bank"), ["q_bank"]),
+    "another shape": (
+        lambda state: state["model"], put("lm_head", lambda head: head[:-1]), ["lm_head", "(31, 384)", "(32, 384)"],
+    ),
+    "too few layers": (lambda state: state["model"], put("mlp_bank", lambda bank: bank[:-1]), ["mlp_bank"]),
+    "no tensor": (lambda state: state["model"], put("lm_head", 3), ["has no parameter lm_head"]),
+    "integers": (lambda state: state["model"], put("embed", lambda embed: embed.int()), ["embed", "int32"]),
+    "another dtype": (lambda state: state["model"], put("embed", lambda embed: embed.bfloat16()), ["dtype", "float32"]),
+    "a state less": (lambda state: state["optimizer"]["states"], without("lm_head"), ["state of lm_head"]),
+    "half a state": (
+        lambda state: state["optimizer"]["states"]["mlp_bank"], without("exp_avg_sq"), ["mlp_bank", "exp_avg_sq"],
+    ),
+    "another state": (
+        lambda state: state["optimizer"]["states"]["embed"], put("exp_avg", torch.zeros(2)), ["embed", "exp_avg"],
+    ),
+    "another gradient": (
+        lambda state: state["optimizer"]["grads"], put("embed", torch.zeros(2, 2)), ["gradient of embed"],
+    ),
+    "no count of updates": (lambda state: state["optimizer"], without("updates"), ["has no updates"]),
+    "no word on tying": (lambda state: state["optimizer"], without("tied"), ["has no tied"]),
+    "another preset": (lambda state: state["settings"], put("preset", "record"), ["preset", "record", "tiny"]),
+    "an unknown setting": (lambda state: state["settings"], put("warp", 9), ["warp"]),
+    "an unknown column": (lambda state: state["settings"]["model"]["layers"][1], put("warp", 9), ["Layer", "warp"]),
+    "a row that cannot work": (lambda state: state["settings"]["model"]["layers"][1], put("skip", 8), ["skip=8"]),
+    "a number that cannot work": (lambda state: state["settings"]["model"], put("heads", "two"), ["--heads two"]),
+    "no table": (lambda state: state["settings"], without("stages"), ["has no stages"]),
+    "no model's settings": (lambda state: state["settings"], put("model", 3), ["has no model"]),
+}
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_checkpoint_with_parts_missing_renamed_or_wrong_is_refused_with_their_names(fault, whole, small, folders):  # noqa: F811
+    folder = folders("foreign")
+    part_of, change, words = FOREIGN[fault]
+    state = torch.load(checkpoint(whole, 5), weights_only=True)
+    state["optimizer"]["grads"].setdefault("embed", state["model"]["embed"].clone())
+    state["settings"]["model"]["layers"] = [dict(row) for row in state["settings"]["model"]["layers"]]
+    change(part_of(state))
+    torch.save(state, folder / "foreign.pt")
+    line = assert_line(small("--steps", "12", "--resume", "foreign.pt", cwd=folder), "foreign.pt: ", *words)
+    assert len(line) < 300
+    assert [path.name for path in folder.iterdir()] == ["foreign.pt"]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_a_compiled_or_distributed_model_gave_are_its_own(prefix, whole, small, folders):  # noqa: F811
+    folder = folders("wrapped")
+    state = torch.load(checkpoint(whole, 4), weights_only=True)
+    state["model"] = {prefix + name: tensor for name, tensor in state["model"].items()}
+    torch.save(state, folder / "wrapped.pt")
+    result = small(*RUN, "--resume", "wrapped.pt", "--run-id", "a", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_state(folder / "logs" / "a_step000012.pt", checkpoint(whole, 12))
+
+
+def test_resumed_run_has_the_checkpoints_model_unless_the_command_line_says_otherwise(whole, launcher, data, folders):  # noqa: F811
+    """`whole` has --dim 32 and other small numbers, of which this command line says nothing."""
+    folder = folders("defaults")
+    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin", *VALIDATION)
+    options = ("--preset", "tiny", "--compile", "false", "--dtype", "float32", *files, "--run-id", "a", *RUN)
+    result = launcher.start(SMALL + MAIN, *options, "--resume", checkpoint(whole, 4), cwd=folder).wait()
+    assert result.returncode == 0, result.stderr
+    assert_same_state(folder / "logs" / "a_step000012.pt", checkpoint(whole, 12))
+    wrong = ("--resume", checkpoint(whole, 4), "--run-id", "b", "--dim", "64")
+    result = launcher.start(SMALL + MAIN, *options, *wrong, cwd=folder).wait()
+    assert_line(result, "its dim is 32, this run's is 64")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Faults
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,9 +324,32 @@ def test_full_disk_while_saving_leaves_earlier_checkpoints_and_the_run_goes_on(w
     result = small("--steps", "12", "--checkpoint-every", "4", before=FULL.format(limit=limit), cwd=folder)
     assert result.returncode == 0, result.stderr
     lines = log_lines(folder)
-    assert sum(line.startswith("checkpoint not written: logs/") for line in lines) == 3
+    failed = [line for line in lines if line.startswith("checkpoint not written: logs/")]
+    assert len(failed) == 3 and all(line.endswith(".pt: File too large") for line in failed)  # the limit's own reason
     assert [path.suffix for path in (folder / "logs").iterdir()] == [".txt"]
     assert any(line.startswith("step:12/12 val_loss") for line in lines)
+
+
+DISK = """
+import errno
+class Full:
+    def __init__(self, file):
+        self.file = file
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+save = torch.save
+torch.save = lambda state, file: save(state, Full(file))
+"""
+
+
+def test_checkpoints_line_says_that_no_space_is_left(small, folders):  # noqa: F811
+    folder = folders("full")
+    result = small("--steps", "4", "--checkpoint-last", before=DISK, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in log_lines(folder) if line.startswith("checkpoint not written")]
+    assert line.endswith("_step000004.pt: No space left on device")
 
 
 def test_full_disk_while_logging_ends_the_run_with_a_line(small, folders):  # noqa: F811

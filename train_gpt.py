@@ -94,7 +94,7 @@ class UserError(Exception):
     """
 
     def __init__(self, text: str, status: int = 2):
-        super().__init__(text)
+        super().__init__(" ".join(text.splitlines()))  # a name or a value may hold several
         self.status = status
 
 
@@ -2886,6 +2886,8 @@ def load_checkpoint(path: str) -> dict:
         check_stages(state["settings"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a tensor where a number belongs, say
+        raise UserError(f"{path}: its settings cannot be read: {error}") from None
     return state
 
 
@@ -2937,6 +2939,17 @@ def load_weights(model: GPT, weights: dict, path: str) -> None:
         raise UserError(f"{path}: {error}") from None
 
 
+def identity(settings: Settings) -> dict[str, object]:
+    """All that two runs must agree on for one to go on from the other's checkpoint, by name."""
+    values = {"preset": settings.preset, "muon": settings.muon, **vars(settings.model)}
+    layers = values.pop("layers")
+    values["number of layers"] = len(layers)
+    for number, layer in enumerate(layers):
+        for column, entry in vars(layer).items():
+            values[f"{column} of layer {number}"] = entry
+    return values
+
+
 def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, float]:
     """Puts a checkpoint into model and optimizer; returns its step, and its training time in ms.
 
@@ -2945,12 +2958,11 @@ def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, f
     path = settings.resume
     state = load_checkpoint(path)
     step, saved = state["step"], state["settings"]
-    theirs = vars(saved.model) | {"preset": saved.preset, "muon": saved.muon}
-    ours = vars(settings.model) | {"preset": settings.preset, "muon": settings.muon}
-    for name in ("preset", *ours):
-        if theirs[name] != ours[name]:
+    theirs, ours = identity(saved), identity(settings)
+    for name, value in ours.items():
+        if theirs.get(name) != value:
             raise UserError(
-                f"{path}: another model: its {name} is {theirs[name]}, this run's is {ours[name]}"
+                f"{path}: another model: its {name} is {theirs.get(name)}, this run's is {value}"
             )
     if step > settings.total_steps:
         raise UserError(f"{path}: step {step} is past the end of {settings.total_steps} steps")
@@ -2963,6 +2975,8 @@ def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, f
     try:
         optimizer.load_state_dict(part_of(state, "optimizer", dict))
         milliseconds = part_of(state, "train_time_ms", float)
+        if not 0 <= milliseconds < math.inf:
+            raise UserError(f"its train_time_ms is {milliseconds}; use another")
         torch.set_rng_state(part_of(state, "rng", Tensor))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -2978,8 +2992,7 @@ def complain(error: UserError, rank: int) -> int:
     """Prints the line on stderr that says why a run ends, on rank 0; returns the exit status."""
     if rank == 0:
         try:
-            line = " ".join(str(error).splitlines())  # a name of a file may hold more
-            print(f"train_gpt.py: {line}", file=sys.stderr, flush=True)
+            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
         except OSError:  # nobody reads it
             discard(sys.stderr)
     return error.status

@@ -1,11 +1,15 @@
 """A few thousand random shards, checkpoints and command lines: each ends in success or in one clear line."""
 
 import dataclasses
+import errno
 import gzip
+import io
 import json
 import math
+import os
 import random
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +237,157 @@ def test_random_command_lines_of_evals():
             assert parsed.tokens >= 0 and 0 <= parsed.temperature < math.inf
             assert parsed.top_k >= 0 and torch.Generator().manual_seed(parsed.seed)
     assert 50 < good < 250
+
+
+def leaves(part, path=()):
+    """The paths of everything in a checkpoint, of dictionaries and lists, too."""
+    if path:
+        yield path
+    entries = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, (list, tuple)) else ()
+    for key, each in entries:
+        yield from leaves(each, (*path, key))
+
+
+def changed(part, path, change):
+    """A copy of a checkpoint in which the entry at `path` is removed, renamed, or another."""
+    key, *rest = path
+    if isinstance(part, (list, tuple)):
+        entries = list(part)
+        if rest:
+            entries[key] = changed(entries[key], rest, change)
+        elif change == "remove":
+            del entries[key]
+        elif change != "rename":
+            entries[key] = change
+        return type(part)(entries)
+    entries = dict(part)
+    if rest:
+        entries[key] = changed(entries[key], rest, change)
+    elif change == "remove":
+        del entries[key]
+    elif change == "rename":
+        entries[f"{key}_"] = entries.pop(key)
+    else:
+        entries[key] = change
+    return entries
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+def test_random_parts_of_checkpoints_missing_renamed_or_others(tmp_path):
+    """A run goes on from one only if what it took of it is what was saved."""
+    torch.manual_seed(0)
+    settings = dataclasses.replace(program.PRESETS["tiny"], model=CONFIG, resume=str(tmp_path / "fuzz.pt"))
+    model = program.GPT(CONFIG)
+    optimizer = program.Optimizer(model, settings)
+    for state in optimizer.state.values():
+        state["exp_avg"].normal_()
+    saved = {
+        "settings": dataclasses.asdict(settings),
+        "step": 5,
+        "train_time_ms": 1.0,
+        "rng": torch.get_rng_state(),
+        "model": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "optimizer": optimizer.state_dict(),
+    }
+    paths = list(leaves(saved))
+    others = [None, -1, 10**6, 1.5, math.nan, "x", [], {}, torch.zeros(3), torch.zeros(2, 2).int(), True]
+    rng, resumed = random.Random(4), 0
+    for _ in range(1500):
+        # Large parts and small ones alike: a level deeper or not.
+        deepest = rng.randrange(1, 5)
+        path = rng.choice([path for path in paths if len(path) <= deepest])
+        change = rng.choice(["remove", "rename", rng.choice(others)])
+        state = changed(saved, path, change)
+        torch.save(state, settings.resume)
+        fresh = program.GPT(CONFIG)
+        other = program.Optimizer(fresh, settings)
+        try:
+            step, milliseconds = program.resume(settings, fresh, other)
+        except program.UserError as error:
+            assert_line(error, "fuzz.pt")
+            continue
+        resumed += 1
+        now = {"step": step, "train_time_ms": milliseconds, "optimizer": other.state_dict()}
+        now["model"] = {name: p.detach() for name, p in fresh.named_parameters()}
+        for name, got in now.items():  # of the settings a field with a default may be missing
+            assert same(got, state[name]), (path, change)
+    assert 50 < resumed < 1200
+
+
+def test_random_environments(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    texts = ["", "0", "1", "2", "7", "8", "-1", "1.5", "abc", "é", " 3 ", "0x2", "9" * 40, "29500", "65536", "nöde"]
+    rng, good = random.Random(5), 0
+    for _ in range(1500):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+            if rng.random() < 0.6:
+                monkeypatch.setenv(name, rng.choice(texts))
+        try:
+            rank, size = program.find_rank()
+        except program.UserError as error:
+            assert any(name in str(error) for name in names) and "\n" not in str(error)
+            continue
+        good += 1
+        assert 0 <= rank < size
+    assert 50 < good < 1400
+
+
+class Screen(io.RawIOBase):
+    """A terminal or pipe that takes so many bytes, and then fails as it is told to."""
+
+    def __init__(self, room: int, code: int):
+        self.room, self.code, self.got = room, code, b""
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return self.number
+
+    def write(self, data):
+        if len(self.got) + len(data) > self.room:
+            raise OSError(self.code, os.strerror(self.code))
+        self.got += bytes(data)
+        return len(data)
+
+
+def test_random_terminals(tmp_path, monkeypatch):
+    """Whatever characters a line has, and whenever the screen fails, the log has all lines and one warning."""
+    rng, failed = random.Random(6), 0
+    monkeypatch.chdir(tmp_path)
+    characters = ["a", "é", "…", "\udcff", "\U0001f600", "\x1b", "\0", "日"]
+    for case in range(1000):
+        encoding = rng.choice(["ascii", "latin-1", "cp1252", "utf-8", "utf-16", "shift-jis"])
+        code = rng.choice([errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF])
+        screen = Screen(rng.choice([0, 50, 300, 10**6]), code)
+        screen.number = os.open(os.devnull, os.O_WRONLY)
+        stream = io.TextIOWrapper(io.BufferedWriter(screen), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        program.prepare_streams()
+        log = object.__new__(program.Log)
+        log.path, log.shows, log.terminal, log.wandb = tmp_path / f"{case}.txt", True, False, None
+        log.file = open(log.path, "x", encoding="utf-8", errors="backslashreplace")
+        lines = ["".join(rng.choices(characters, k=rng.randrange(40))) for _ in range(10)]
+        for line in lines:
+            log.line(line)
+        log.file.close()
+        written = log.path.read_text("utf-8").split("\n")[:-1]
+        warnings = [line for line in written if line.startswith("warning: the screen is gone")]
+        failed += len(warnings)
+        assert len(warnings) == (not log.shows)
+        escaped = [line.encode("utf-8", "backslashreplace").decode() for line in lines]
+        assert [line for line in written if line not in warnings] == escaped
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        screen.room = math.inf  # what is still in the buffer
+        stream.detach().detach()
+        os.close(screen.number)
+    assert 200 < failed < 900

@@ -1,12 +1,14 @@
 """Fetch pre-tokenized shards from the Hugging Face hub: what the cached_*.py scripts do.
 
 A shard appears under its name only once it has been checked. One that is there and whole is not fetched again; one that
-is damaged is. Whatever stops a download, the same command continues it.
+is damaged is. Whatever stops a download, the same command goes on with the shard that it broke off, from its start.
+
+Several processes may fetch into the same folder: each has a hidden folder of its own in it for what it has in hand.
 """
 
 import os
-import shutil
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,7 +25,7 @@ DATASETS = {  # by the name of the folder they go to
 }
 
 
-def is_whole(path, tell):
+def is_whole(path, tell=lambda line: None):
     """Whether the shard `path` is there and whole; `tell` is called with a line about a damaged one."""
     try:
         check_shard(path)
@@ -35,28 +37,28 @@ def is_whole(path, tell):
     return True
 
 
-def fetch(repo, path, incoming):
-    """Fetch the shard `path`, named alike in the hub's dataset `repo`, by way of the folder `incoming`, which is kept.
-
-    The hub's library keeps a broken-off download in `incoming`, and continues it there.
-    """
+def fetch(repo, path):
+    """Fetch the shard `path`, named alike in the hub's dataset `repo`."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise UserError("huggingface_hub is missing: pip install -r requirements.txt") from None
-    try:
-        fetched = hf_hub_download(repo, path.name, repo_type="dataset", local_dir=incoming)
-    except Exception as error:  # of the hub's own types, its HTTP library's, its transfer library's
-        raise UserError(
-            f"could not fetch {path.name} from {repo}: {first_line(error)} "
-            "(running the same command again continues where this stopped)"
-        ) from error
-    try:
-        check_shard(fetched)
-    except UserError as error:
-        os.remove(fetched)  # or the hub's library would take it for the download, next time
-        raise UserError(f"{repo} sent a bad shard, dropped (try again later): {error}") from error
-    os.replace(fetched, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A network's file system may not let go of a file at once: what cannot be removed must not hide what went wrong.
+    with tempfile.TemporaryDirectory(prefix=".incoming_", dir=path.parent, ignore_cleanup_errors=True) as incoming:
+        try:
+            fetched = hf_hub_download(repo, path.name, repo_type="dataset", local_dir=incoming)
+        except Exception as error:  # of the hub's own types, its HTTP library's, its transfer library's
+            raise UserError(
+                f"could not fetch {path} from {repo}: {first_line(error)} "
+                "(the shards before it stay: the same command goes on with this one)"
+            ) from error
+        try:
+            check_shard(fetched)
+        except UserError as error:
+            raise UserError(f"{repo} sent a bad shard, dropped (try again later): {error}") from error
+        if not is_whole(path):  # another process may have been faster
+            os.replace(fetched, path)
 
 
 def download(name, train_shards, directory):
@@ -66,15 +68,12 @@ def download(name, train_shards, directory):
     dataset = DATASETS[name]
     paths = [directory / shard_name(dataset.prefix, "val", 0)]
     paths += [directory / shard_name(dataset.prefix, "train", number) for number in range(1, train_shards + 1)]
-    incoming = directory / ".incoming"
     fetched = 0
     with tqdm(paths, unit="file", desc=name, disable=None) as bar:
         for path in bar:
             if not is_whole(path, tell=bar.write):
-                directory.mkdir(parents=True, exist_ok=True)
-                fetch(dataset.repo, path, incoming)
+                fetch(dataset.repo, path)
                 fetched += 1
-    shutil.rmtree(incoming, ignore_errors=True)  # the hub's notes; there is nothing left to continue
     print(f"{directory}: {len(paths):,} shards, {fetched:,} of them fetched now, all whole")
 
 

@@ -4,12 +4,13 @@ A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] numb
 tokens as little-endian uint16. Documents start with a BOS token; the last of a shard may go on in the next one.
 """
 
+import fcntl
 import itertools
 import os
 import re
 import struct
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,10 @@ def to_uint16(tokens):
 
 
 def write_shard(path, tokens):
-    """Write `tokens` as the shard `path`: all of it or, whatever happens, nothing. UserError: not uint16."""
+    """Write `tokens` as the shard `path`: all of it or, whatever happens, nothing.
+
+    UserError: they are not uint16, or the file cannot be written.
+    """
     path, tokens = Path(path), to_uint16(tokens)
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -46,9 +50,10 @@ def write_shard(path, tokens):
             file.write(header.data)
             file.write(tokens.astype("<u2", copy=False).data)
         os.replace(partial, path)
-    except BaseException:  # KeyboardInterrupt too
+    except OSError as error:  # of a full disk it does not name the file
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    finally:  # after a KeyboardInterrupt, too
         partial.unlink(missing_ok=True)
-        raise
 
 
 def check_shard(path):
@@ -87,26 +92,45 @@ def existing_shards(directory, prefix):
 
 
 @contextmanager
+def locked(directory):
+    """Keep other processes that do the same with `directory` waiting."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks: then they go at once
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def staged(directory, prefix, overwrite):
     """Yield an empty folder for a new set of shards; if all goes well, its files then move into `directory`.
 
-    A set is published whole or not at all, and never mixes with an earlier one: UserError if `directory` holds shards
-    of that prefix and `overwrite` is false; else those go once the new ones are there.
+    A set is published whole or not at all, and never mixes with another one: UserError if `directory` holds shards of
+    that prefix, now or when the new ones are made, and `overwrite` is false; else those go once the new ones are there.
+    Of several processes that do this at once on a machine, the last one's set stays.
     """
     directory = Path(directory)
-    if not overwrite and existing_shards(directory, prefix):
-        raise UserError(
-            f"{directory} already holds {prefix} shards: give another --out, or --overwrite to replace them"
-        )
+
+    def check():
+        if not overwrite and existing_shards(directory, prefix):
+            raise UserError(
+                f"{directory} already holds {prefix} shards: give another --out, or --overwrite to replace them"
+            )
+
+    check()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{prefix}_", dir=directory) as staging:
         yield Path(staging)
-        new = sorted(os.listdir(staging))
-        for name in new:
-            os.replace(Path(staging, name), directory / name)
-        for path in existing_shards(directory, prefix):
-            if path.name not in new:
-                path.unlink()
+        with locked(directory):
+            check()
+            new = sorted(os.listdir(staging))
+            for name in new:
+                os.replace(Path(staging, name), directory / name)
+            for path in existing_shards(directory, prefix):
+                if path.name not in new:
+                    path.unlink(missing_ok=True)  # on another machine, the lock is another
 
 
 class TokenShardWriter:

@@ -2,15 +2,18 @@
 
     python data/text.py PATH... --out DIR [--max-doc-tokens N] [--tokenizer gpt2|bytes]
 
-A file is a document; so is the `text` field of each line of a .jsonl file, and each row of a .parquet file's `text`
-column; an empty one does not count. Folders are searched for the suffixes below, in sorted order, without hidden files
-and folders; a file that is named is always taken, and one reached twice is taken once. Every 20th document
-(--val-every) goes to validation.
+A file is a document; so is the `text` field of each line of a .jsonl or .ndjson file, and each row of a .parquet file's
+`text` column; an empty one does not count, nor does a null. All but .parquet may be compressed, with .gz or .zst as a
+last suffix. Folders are searched for the suffixes in documents.py, in sorted order, without hidden files and folders; a
+file or pipe that is named is always taken, and one reached twice is taken once. Every 20th document (--val-every) goes
+to validation.
 
-Tokens: `gpt2` is GPT-2's tokenizer, BOS 50256; `bytes` is the 256 byte values, BOS 256, and a text file's bytes are
-taken as they are. With --max-doc-tokens, documents are cut at line ends into pieces of at most N tokens, each with a
-BOS of its own, which counts. The tokenizer runs before the cut, so the pieces of a document hold the tokens of the
-whole; only groups of lines of a million characters are tokenized by themselves, so that all cores share a large file.
+Text files are UTF-8, or as --encoding says. What is not text is refused, or left out and counted with --skip-bad.
+
+Tokens: `gpt2` is GPT-2's tokenizer, BOS 50256; `bytes` is the 256 byte values of the text in UTF-8, BOS 256. With
+--max-doc-tokens, documents are cut at line ends into pieces of at most N tokens, each with a BOS of its own, which
+counts. The tokenizer runs before the cut, so the pieces of a document hold the tokens of the whole; only groups of
+lines of a million characters are tokenized by themselves, so that all cores share a large file.
 """
 
 import sys
@@ -23,31 +26,26 @@ from command import Parser, UserError, between, catch_interrupts, first_line, ru
 catch_interrupts(__name__)  # before the imports that take seconds
 
 import functools
-import json
+import glob
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 import numpy as np
 
+from documents import Reader, opened, text_encoding
 from shards import MAX_SHARD_TOKENS, TokenShardWriter, shard_names, staged
 
 PREFIX = "text"
 GPT2_BOS = 50256
 BYTES_BOS = 256
 GROUP_CHARS = 1 << 20  # what one process tokenizes at a time
-# fmt: off
-TEXT_SUFFIXES = {
-    ".c", ".cc", ".cpp", ".cu", ".cuh", ".css", ".go", ".h", ".hpp", ".htm", ".html", ".java", ".jl", ".js", ".kt",
-    ".lua", ".m", ".markdown", ".md", ".org", ".php", ".pl", ".py", ".pyi", ".r", ".rb", ".rs", ".rst", ".scala", ".sh",
-    ".sql", ".swift", ".tex", ".text", ".toml", ".ts", ".txt", ".yaml", ".yml",
-}
-# fmt: on
-RECORD_SUFFIXES = {".jsonl", ".parquet"}
 
 
 # Tokens and pieces
@@ -163,6 +161,8 @@ def encoded_batches(documents, tokenizer, max_doc_tokens):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a tokenizing process was killed: free some memory, if that ran out, and try again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -177,107 +177,39 @@ def tokenized(documents, tokenizer, max_doc_tokens=None):
         yield from batch
 
 
-# Reading
+# Documents
 
 
-def is_binary(path):
-    with open(path, "rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def find_files(paths):
-    """The files to read among `paths` (files and folders), each once, and how many binary ones were passed over."""
-    files, skipped = {}, 0  # a dict keeps the order
-
-    def fail(error):
-        raise error
-
-    for path in map(Path, paths):
-        if path.is_file():
-            files.setdefault(path.resolve(), path)
-        elif path.is_dir():
-            for folder, subfolders, names in os.walk(path, onerror=fail):
-                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-                for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-                    suffix = file.suffix.lower()
-                    if suffix not in TEXT_SUFFIXES | RECORD_SUFFIXES or not file.is_file():  # a broken link is none
-                        continue
-                    if suffix in TEXT_SUFFIXES and is_binary(file):
-                        skipped += 1
-                    else:
-                        files.setdefault(file.resolve(), file)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    return list(files.values()), skipped
-
-
-def read_jsonl(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"{path}:{number}: expected an object with a text field that holds a string")
-            yield text, len(line)
-
-
-def read_parquet(path):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install -r data/requirements.txt") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path}: expected a text column, found {', '.join(file.schema_arrow.names)}")
-            row_bytes = path.stat().st_size / max(1, file.metadata.num_rows)
-            for rows in file.iter_batches(batch_size=1024, columns=["text"]):
-                for text in rows["text"].cast("string").to_pylist():
-                    yield text or "", row_bytes  # a null is no document
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: no parquet file with a text column of strings: {first_line(error)}") from error
-
-
-def read_documents(path):
-    """Yield the documents of a file, as bytes or str, each with about how many bytes of the file it took."""
-    if path.suffix.lower() == ".jsonl":
-        yield from read_jsonl(path)
-    elif path.suffix.lower() == ".parquet":
-        yield from read_parquet(path)
-    else:
-        data = path.read_bytes()
-        yield data, len(data)
-
-
-def all_documents(files, tokenizer, val_every):
+def all_documents(reader, files, tokenizer, val_every):
     """Yield (split, text) for all documents that are not empty, as the tokenizer wants them, with a progress bar."""
     from tqdm import tqdm
 
-    total = sum(path.stat().st_size for path in files)
-    number = 0
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for path in files:
-            for text, size in read_documents(path):
-                bar.update(size)
-                if not text:
-                    continue
-                number += 1
-                if tokenizer == "bytes" and isinstance(text, str):
-                    text = text.encode("utf-8", errors="replace")
-                elif tokenizer == "gpt2" and isinstance(text, bytes):
-                    text = text.decode("utf-8", errors="replace")
-                yield "train" if number % val_every else "val", text
+    sizes = [path.stat().st_size for path in files]
+    number = before = 0
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
+        for path, size in zip(files, sizes):
+            with opened(path) as file:
+                for text in reader.read(path, file):
+                    if file.seekable():  # a pipe does not know where it is
+                        bar.update(before + file.tell() - bar.n)
+                    if not text:
+                        continue
+                    number += 1
+                    yield "train" if number % val_every else "val", text.encode() if tokenizer == "bytes" else text
+            before += size
+
+
+def shell_word(text):
+    """`text` as one word of a command line."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = [chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(text)]
+    return f"$'{''.join(escaped)}'"
 
 
 def main():
     parser = Parser(description="Turn any text into training and validation shards.")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file, or a folder to search")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file or pipe, or a folder to search")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
     parser.add_argument(
         "--max-doc-tokens",
@@ -301,12 +233,21 @@ def main():
         help="tokens in a shard (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help=f"replace the {PREFIX} shards in DIR")
+    parser.add_argument(
+        "--encoding",
+        type=text_encoding,
+        default="utf-8",
+        metavar="NAME",
+        help="of text files: a Python codec, such as latin-1 or utf-16; records are UTF-8 (default: %(default)s)",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out, and count, what is refused as not text")
     args = parser.parse_args()
 
-    files, skipped = find_files(args.paths)
+    reader = Reader(args.encoding, args.skip_bad)
+    files = reader.find(args.paths)
     counts = {"train": 0, "val": 0}
     with staged(args.out, PREFIX, args.overwrite) as staging:
-        documents = all_documents(files, args.tokenizer, args.val_every)
+        documents = all_documents(reader, files, args.tokenizer, args.val_every)
         with (
             TokenShardWriter(staging, shard_names(PREFIX, "train", 1), args.shard_tokens) as train,
             TokenShardWriter(staging, shard_names(PREFIX, "val", 0), args.shard_tokens) as val,
@@ -318,7 +259,7 @@ def main():
                 writers[split].add(tokens)
         found = sum(counts.values())
         if not found:
-            raise UserError(f"no text found in {' '.join(args.paths)} ({skipped} binary files skipped)")
+            raise UserError("; ".join([f"no text found in {' '.join(args.paths)}", *reader.notes()]))
         if not counts["val"]:
             remedy = f"give --val-every {found} or less" if found > 1 else "give several files, or records in a .jsonl"
             raise UserError(
@@ -329,11 +270,13 @@ def main():
         names = [str(args.out / path.name) for path in writer.paths]
         files_written = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
         print(f"{split:5} {counts[split]:,} documents, {writer.tokens:,} tokens: {files_written}")
-    if skipped:
-        print(f"skipped {skipped:,} binary files")
+    for note in reader.notes():
+        print(note)
     preset = "--preset tiny " if args.tokenizer == "bytes" else ""
-    pattern = {split: args.out / f"{PREFIX}_{split}_*.bin" for split in writers}
-    print(f"options of train_gpt.py: {preset}--train-files '{pattern['train']}' --val-files '{pattern['val']}'")
+    pattern = {
+        split: shell_word(os.path.join(glob.escape(str(args.out)), f"{PREFIX}_{split}_*.bin")) for split in writers
+    }
+    print(f"options of train_gpt.py: {preset}--train-files {pattern['train']} --val-files {pattern['val']}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
-"""A few thousand random shards, checkpoints and command lines: each ends in success or in one clear line."""
+"""A few thousand random shards, checkpoints, command lines and texts: each ends in success or in one clear line."""
 
 import dataclasses
 import errno
 import gzip
+import importlib.util
 import io
 import json
 import math
 import os
 import random
+import re
+import shutil
 import struct
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -391,3 +396,166 @@ def test_random_terminals(tmp_path, monkeypatch):
         stream.detach().detach()
         os.close(screen.number)
     assert 200 < failed < 900
+
+
+UTF8 = re.compile(  # the grammar of RFC 3629
+    rb"([\x01-\x7f]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}"
+    rb"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}"
+    rb"|\xf4[\x80-\x8f][\x80-\xbf]{2})*"
+)
+
+
+def utf16_units(data: bytes) -> list[int]:
+    """The whole units of UTF-16, without the mark; without one, the machine's own order is meant."""
+    order = {b"\xff\xfe": "<", b"\xfe\xff": ">"}.get(data[:2])
+    data = data[2 if order else 0 : len(data) // 2 * 2]
+    return list(struct.unpack(f"{order or '='}{len(data) // 2}H", data))
+
+
+def as_utf8(data: bytes, encoding: str) -> bytes | None:
+    """A text file's text in UTF-8, or None where it is not text: a second opinion, by the encodings' definitions."""
+    if encoding == "utf-8":
+        return data.removeprefix(b"\xef\xbb\xbf") if UTF8.fullmatch(data) else None
+    if encoding == "latin-1":
+        return None if 0 in data else b"".join(bytes([b] if b < 128 else [0xC0 | b >> 6, 0x80 | b & 63]) for b in data)
+    units, encoded = utf16_units(data), b""
+    for i, unit in enumerate(units):
+        high, low = 0xD800 <= unit < 0xDC00, 0xDC00 <= unit < 0xE000
+        if high and not 0xDC00 <= (units[i + 1] if i + 1 < len(units) else 0) < 0xE000:
+            return None
+        if low and not (i and 0xD800 <= units[i - 1] < 0xDC00):
+            return None
+        if high:
+            encoded += chr(0x10000 + (unit - 0xD800) * 1024 + units[i + 1] - 0xDC00).encode()
+        elif not low:
+            encoded += chr(unit).encode()
+    return None if len(data) % 2 or 0 in encoded else encoded.removeprefix(b"\xef\xbb\xbf")
+
+
+def random_text_file(rng: random.Random) -> bytes:
+    """Text in some encoding, as often as not with faults, or just bytes."""
+    if rng.random() < 0.1:
+        return rng.randbytes(rng.choice([0, 1, 2, 3, 30]))
+    content = "".join(rng.choices(["word ", "\n", "\r\n", "é", "ÿ", "漢", "😀", "\ufeff", "\t"], k=rng.randrange(30)))
+    encoding = rng.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-be", "utf-32"])
+    data = bytearray((content * rng.choice([1, 1, 1, 200])).encode(encoding, "ignore"))
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 3])):
+        place = rng.randrange(len(data) + 1)
+        data[place : place + rng.randrange(3)] = rng.choice([b"", b"\0", b"\0\0", b"\xd8\xd8", rng.randbytes(1)])
+    return bytes(data)
+
+
+def random_records(rng: random.Random) -> tuple[bytes, list]:
+    """A file of JSON lines, and what each is: a document as bytes, or what is to be said of it."""
+    content = rng.choice(["one", "zwei ü", "a\nb", "😀", "\ufeff", '"', "漢" * 3000])
+    kinds = [(json.dumps({"id": 1, "text": content}).encode(), content.encode())] * 12
+    kinds += [(json.dumps({"text": content}, ensure_ascii=False).encode(), content.encode())] * 12
+    kinds += [(b'{"text": ""}', b""), (b"", b""), (b" \r", b""), (b'{"text": null}', "null")]
+    kinds += [(b'{"url": "\\ud800", "text": "x"}', b"x"), (b'{"text": 1, "text": "x"}', b"x")]
+    bad = [b'{"text": "\xff"}', b'{"text": "x", "url": "\xe9"}', b'{"text": "\\udc00"}', b'{"text": "\0"}', b"\0"]
+    bad += [b'{"text": "\\u0000"}', b"\xff\xfe", b'{"text": "\xed\xa0\x80"}']
+    bad += [rng.randbytes(9).replace(b"\n", b"") + b"\xff"]
+    refused = [b'{"text": 7}', b'{"text": ["x"]}', b'{"text": {}}', b'{"text": false}', b"{}", b'"text"', b"[1]"]
+    refused += [b'{"text": "x"', b'{"text": "x"}}', b"x", b"[" * 99_999, b'{"text": "x\t"}', b'{"texts": "x"}', b"null"]
+    if rng.random() < 0.5:
+        kinds += [(line, "bad") for line in rng.sample(bad, 3)]
+    if rng.random() < 0.3:
+        kinds += [(line, "refused") for line in rng.sample(refused, 2)]
+    lines = rng.choices(kinds, k=rng.randrange(12))
+    mark = rng.choice([b"", b"\xef\xbb\xbf"])
+    return mark + b"\n".join(line for line, _ in lines) + rng.choice([b"", b"\n"]), [what for _, what in lines]
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content[:5]) + gzip.compress(content[5:])
+    import pyarrow
+
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+def test_random_texts_become_exactly_what_they_hold(tmp_path, monkeypatch, capsys):
+    import text
+    from command import UserError
+
+    class Bytes:  # stands in for GPT-2's tokenizer: tokens are bytes
+        def encode_ordinary(self, text):
+            return list(text.encode())
+
+    monkeypatch.setattr(text, "gpt2", lambda: (Bytes(), np.arange(256) == 10))
+    monkeypatch.setattr(text, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    compressions = ["", "", ".gz", *([".zst"] if importlib.util.find_spec("pyarrow") else [])]
+    rng, good = random.Random(4), 0
+    for case in range(1500):
+        folder, out = tmp_path / f"in{case}", tmp_path / f"out{case}"
+        folder.mkdir()
+        named, skip_bad = rng.random() < 0.3, rng.random() < 0.4
+        encoding, tokenizer = rng.choice(["utf-8", "utf-8", "latin-1", "utf-16"]), rng.choice(["bytes", "gpt2"])
+        documents, faulty, notes = [], [], Counter()
+        for name in sorted(rng.sample(["a.txt", "b.MD", "c.py", "d.jsonl", "e.ndjson", "f.csv"], rng.randrange(1, 5))):
+            compression = rng.choice(compressions)
+            path = folder / (name + compression)
+            records = None
+            if name in ("d.jsonl", "e.ndjson"):
+                content, records = random_records(rng)
+            else:
+                content = random_text_file(rng)
+            stored = compressed(content, compression) if compression else content
+            damaged = compression and 0 not in content and rng.random() < 0.1  # a binary file is not read to its end
+            if damaged:
+                stored = rng.choice([stored[: rng.randrange(len(stored) - 1)], content + b"x", stored + b"tail"])
+            path.write_bytes(stored)
+
+            # What is to become of it.
+            if name == "f.csv" and not named:
+                continue
+            if damaged:
+                faulty.append(path.name)
+            elif records is not None:
+                for what in records:
+                    if isinstance(what, bytes):
+                        documents.append(what)
+                    elif what == "refused" or what == "bad" and not skip_bad:
+                        faulty.append(path.name)
+                    else:
+                        notes[f"{what} records"] += 1
+            else:
+                head = content[:8192]
+                is_binary = 0 in (utf16_units(head) if encoding == "utf-16" else head)
+                document = as_utf8(content, encoding)
+                if is_binary and not named:
+                    notes["binary files"] += 1
+                elif document is not None:
+                    documents.append(document)
+                elif skip_bad:
+                    notes["bad files"] += 1
+                else:
+                    faulty.append(path.name)
+        documents = [document for document in documents if document]
+
+        arguments = [*(sorted(map(str, folder.iterdir())) if named else [str(folder)]), "--out", str(out)]
+        arguments += ["--encoding", encoding, "--tokenizer", tokenizer, "--val-every", "2", "--shard-tokens", "5000"]
+        monkeypatch.setattr(sys, "argv", ["text.py", *arguments, *(["--skip-bad"] if skip_bad else [])])
+        try:
+            text.main()
+        except UserError as error:
+            line = str(error)
+            assert "\n" not in line and len(line) < 900, line
+            if faulty:
+                assert any(f"{folder}/{name}:" in line for name in faulty), (line, faulty)
+            else:
+                assert len(documents) < 2 and re.match("no text found|too little text", line), line
+            assert not out.exists() or not any(out.iterdir())
+        else:
+            good += 1
+            assert not faulty, arguments
+            for split, expected in ("train", documents[::2]), ("val", documents[1::2]):
+                found = [np.fromfile(path, "<u2")[512:] for path in sorted(out.glob(f"text_{split}_*.bin"))]
+                bos = 256 if tokenizer == "bytes" else 50256
+                stream = [[bos, *document] for document in expected]
+                assert np.concatenate(found).tolist() == sum(stream, []), arguments
+            counts = re.findall(r"^skipped ([\d,]+) (.*)$", capsys.readouterr().out, re.MULTILINE)
+            assert {what: int(count) for count, what in counts} == notes
+        shutil.rmtree(folder)
+        shutil.rmtree(out, ignore_errors=True)
+    assert 300 < good < 1200

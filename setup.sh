@@ -19,7 +19,7 @@ elif ! serves "$PYTHON"; then
     case "$version" in
         "Python 2."* | "Python 3."[0-9].*) echo "$version is too old: install Python 3.10 or newer" >&2; exit 2 ;;
     esac
-    echo "setting up .venv from requirements.txt (once; some minutes, most of it PyTorch)"
+    echo "setting up .venv from requirements.txt (once; some minutes, most of it PyTorch)" || true  # nobody may read it
     "$PYTHON" -m venv .venv
     PYTHON=.venv/bin/python
     "$PYTHON" -m pip install --quiet --requirement requirements.txt

@@ -20,7 +20,7 @@ import torch
 
 import train_gpt
 
-CARDS = (80, 48, 24, 16)  # GB, of which a tenth is left to CUDA, the compiler's scratch and fragmentation
+CARDS = (80, 48, 24, 16)  # times 1,024 MiB; a tenth is left to CUDA, the compiler and fragmentation
 SLICES = (8, 16, 32, 64)
 
 
@@ -48,20 +48,21 @@ def main() -> None:
         model = train_gpt.GPT(settings.model, torch.bfloat16)
     needs = {}
     print(f"preset {settings.preset} on one GPU\n")
-    print(f"| slices | tokens a slice | estimate, GB |{' measured, GB |' * measure}")
+    print(f"| slices | tokens a slice | estimate, MiB |{' measured, MiB |' * measure}")
     print("|---|---|---|" + "---|" * measure)
     for slices in SLICES:
         each = replace(settings, slices=slices)
         train_gpt.check_settings(each, 1)
-        needs[slices] = train_gpt.estimate_memory(each, model, 1) / 1e9
-        row = f"| {slices} | {max(stage.batch_tokens for stage in each.all_stages) // slices:,} | {needs[slices]:.1f} |"
+        needs[slices] = train_gpt.estimate_gpu_memory(each, model, 1) / 2**20
+        length = max(stage.batch_tokens for stage in each.all_stages) // slices
+        row = f"| {slices} | {length:,} | {needs[slices]:,.0f} |"
         if measure:
-            needs[slices] = measured(each, world) / 1e9
-            row += f" {needs[slices]:.1f} |"
+            needs[slices] = measured(each, world) / 2**20
+            row += f" {needs[slices]:,.0f} |"
         print(row)
     print(f"\nfrom what was {'measured' if measure else 'estimated'}:")
     for card in CARDS:
-        fits = [slices for slices in SLICES if needs[slices] <= 0.9 * card]
+        fits = [slices for slices in SLICES if needs[slices] <= 0.9 * 1024 * card]
         print(f"{card} GB: {f'--slices {fits[0]}' if fits else 'does not fit'}")
 
 

@@ -181,10 +181,11 @@ def test_plan_names_the_slices_for_each_card(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan.py"])
     plan.main()
     printed = capsys.readouterr().out
-    rows = re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", printed, re.MULTILINE)
-    needs = {int(slices): float(gigabytes) for slices, gigabytes in rows}
+    rows = re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d,]+) \|$", printed, re.MULTILINE)
+    needs = {int(slices): int(mebibytes.replace(",", "")) for slices, mebibytes in rows}
     assert sorted(needs) == [8, 16, 32, 64] and sorted(needs.values(), reverse=True) == list(needs.values())
     for card, slices in re.findall(r"^(\d+) GB: --slices (\d+)$", printed, re.MULTILINE):
-        assert needs[int(slices)] <= 0.9 * int(card)
-        assert slices == "8" or needs[int(slices) // 2] > 0.9 * int(card)
+        room = 0.9 * 1024 * int(card)
+        assert needs[int(slices)] <= room
+        assert slices == "8" or needs[int(slices) // 2] > room
     assert command("plan.py", "--slicez", "8").returncode == 2

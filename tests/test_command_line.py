@@ -670,6 +670,21 @@ def test_other_systems_are_named_before_anything_is_imported(system, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Linux" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--slices", "1"), ("--dim", "512"), ("--dtype", "float32", "--slices", "8")])
+def test_plan_estimates_the_memory_that_a_run_takes_on_the_cpu(options, tmp_path):
+    for name, tokens in (("train_000001", 200_000), ("val_000000", 20_000)):
+        shards.write_shard(tmp_path / f"x_{name}.bin", random_documents(1, tokens))
+    run = [sys.executable, SCRIPT, "--preset", "tiny", "--compile", "false", *options]
+    plan = subprocess.run([*run, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    files = ("--train-files", tmp_path / "x_train_*.bin", "--val-files", tmp_path / "x_val_*.bin")
+    small = ("--steps", "4", "--val-tokens", "16384")
+    done = subprocess.run([*run, *files, *small], cwd=tmp_path, capture_output=True, text=True, check=True)
+    estimate = int(re.search(r"memory: about ([\d,]+) MiB", plan)[1].replace(",", ""))
+    taken = int(re.search(r"peak memory allocated: (\d+) MiB", done.stdout)[1])
+    assert estimate == pytest.approx(taken, rel=0.2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The environment
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1260,7 +1275,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path)
     counts = [int(count.replace(",", "")) for _, _, count in rows]
     assert counts == [int(np.prod([int(n) for n in shape.split(" x ")])) for _, shape, _ in rows]
     assert f"{sum(counts):,}" == re.search(r"^total +([\d,]+)$", result.stdout, re.MULTILINE)[1]
-    for words in ("GFLOP a token", "GiB", "at an MFU of 100 %", "s at 45 %"):
+    for words in ("GFLOP a token", "MiB a process", "at an MFU of 100 %", "s at 45 %"):
         assert words in result.stdout
     for stage in (*program.PRESETS[preset].stages, program.PRESETS[preset].extension):
         short, long = stage.windows

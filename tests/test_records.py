@@ -202,7 +202,7 @@ def test_readmes_techniques_have_the_ablations_numbers(readme):
 def test_readmes_memory_is_that_of_the_plan(readme, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py"])
     plan.main()
-    estimates = dict(re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE))
+    estimates = dict(re.findall(r"^\| (\d+) \| [\d,]+ \| ([\d,]+) \|$", capsys.readouterr().out, re.MULTILINE))
     hardware = readme.partition("## Hardware")[2].partition("\n## ")[0]
-    shown = re.findall(r"`\./run\.sh(?: --slices (\d+))?` \| ([\d.]+) GB \|", hardware)
+    shown = re.findall(r"`\./run\.sh(?: --slices (\d+))?` \| ([\d,]+) MiB \|", hardware)
     assert len(shown) == 3 and all(estimates[slices or "8"] == size for slices, size in shown)

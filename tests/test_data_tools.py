@@ -1331,3 +1331,12 @@ def test_fineweb_without_datasets_says_what_to_install(project, fakes):
     (fakes / "datasets.py").write_text("raise ImportError")
     assert_refused(tool(project, "fineweb.py", fakes=fakes), "pip install -r data/requirements.txt")
     assert not (project / "data" / "fineweb10B").exists()
+
+
+def test_shards_are_made_though_nobody_reads_what_is_printed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * 40)
+    command = [sys.executable, ROOT / "data" / "text.py", tmp_path / "a.jsonl", "--tokenizer", "bytes"]
+    with open("/dev/full", "w") as full:
+        subprocess.run([*command, "--out", tmp_path / "out"], stdout=full, check=True)
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["text_train_000001.bin", "text_val_000000.bin"]

@@ -2430,6 +2430,7 @@ def find_device() -> torch.device:
 
 
 def find_world() -> World:
+    """This process among the others, and its device."""
     rank, size = find_rank()
     return World(rank, size, find_device())
 

@@ -3,16 +3,25 @@
     python records/legality.py SCRIPT CHECK...
 
 It loads the script and applies the checks, on the CPU, uncompiled and in float32, and prints JSON, a line each: that it
-has started, that the script is loaded, or a `problem` if it cannot be checked; then for every check its rule and the
-`findings`: none if it passed. What the script itself prints is thrown away.
+has started, that the script is loaded, or a `problem` if it cannot be checked; then for every check its rule, its
+`findings`, none if it passed, `notes` about what the rules allow, and why it is `not_judged`, if it is not. What the
+script itself prints is thrown away.
 
-Three checks ask models about their losses: every preset's table of layers, built at the size of `tiny`. The others
-watch short runs of `--preset tiny`, on one, two and four processes.
+Some questions are asked of models: every preset's table of layers, built at the size of `tiny`. The others are asked
+of short runs of `--preset tiny`, on data made for them:
+
+  "judged"      all that it does is watched: its validations, what it trains on, what its clock says. Time is made up
+                there, so that each call costs what is written below, and so are the losses that a validation gets,
+                so that their mean is known.
+  "other val"   the same with another validation stream: it must learn the same.
+  "other train" the same with another training stream: it must start from the same.
+  "two"         the same on two processes.
 """
 
 import ast
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -21,11 +30,14 @@ import os
 import re
 import signal
 import socket
+import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from dataclasses import replace
+from concurrent import futures
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +112,90 @@ def explain(error: BaseException, path: Path) -> str:
 
 
 # ======================================================================================================================
-# The model: causal, normalized, documents
+# Losses that must not change
+# ======================================================================================================================
+
+
+def evaluate(model, inputs, targets, context):
+    losses = model.evaluate(inputs, targets, context)
+    if losses.shape != inputs.shape:
+        raise Problem(f"evaluate gives losses {tuple(losses.shape)} for tokens {tuple(inputs.shape)}")
+    return losses
+
+
+def another(tokens, config):
+    """Other tokens in place of all of these; one may be BOS, or no longer be."""
+    return (tokens + 1) % (config.bos_id + 1)
+
+
+def difference(before, after) -> tuple[int, float] | None:
+    """Where losses first differ that must not, and by how much. NaN differs from all."""
+    wrong = (~((before - after).abs() <= EXACT)).nonzero()
+    return (t := wrong[0].item(), (after - before)[t].item()) if len(wrong) else None
+
+
+def leaks_from_later(model, inputs, targets, context, changed):
+    """Changes tokens, by themselves and with all that follow, and yields what earlier losses notice."""
+    before = evaluate(model, inputs, targets, context)
+    for t in changed:
+        for end in (t + 1, len(inputs)):
+            others, other_targets = inputs.clone(), targets.clone()
+            others[t:end] = another(inputs[t:end], model.config)
+            other_targets[t:] = another(targets[t:], model.config)
+            after = evaluate(model, others, other_targets, context)
+            found = difference(before[:t], after[:t])
+            if found:
+                yield f"changing token {t} changes the loss of position {found[0]} by {found[1]:.2g}"
+                break
+
+
+def leaks_between_documents(model, inputs, targets, context, numbers, chosen):
+    """Changes whole documents but for their BOS, and yields what the losses of others notice."""
+    before = evaluate(model, inputs, targets, context)
+    for number in chosen:
+        own = (numbers == number) & (inputs != model.config.bos_id)
+        elsewhere = numbers != number
+        for new in another(inputs[own], model.config), model.config.bos_id:  # other words; no words
+            others = inputs.clone()
+            others[own] = new
+            after = evaluate(model, others, targets, context)
+            found = difference(before[elsewhere], after[elsewhere])
+            if found:
+                t = elsewhere.nonzero()[found[0]].item()
+                yield (
+                    f"changing document {number} changes the loss of position {t}, in document {numbers[t]}, "
+                    f"by {found[1]:.2g}"
+                )
+                break
+
+
+def false_probabilities(model, inputs, targets, context):
+    """Yields positions whose probabilities over the vocabulary sum to more than 1, or depend on other targets.
+
+    Less than 1 is legal: a script may give some probability to the padding of the vocabulary.
+    """
+    vocab = model.config.vocab_size
+    positions = torch.arange(len(inputs))
+    losses = []
+    for shift in range(vocab):  # every position gets every target, and no two neighbours the same
+        losses.append(evaluate(model, inputs, (targets + shift + 7 * positions) % vocab, context).double())
+    losses = torch.stack(losses)
+    for t, probability in enumerate((-losses).exp().sum(0).tolist()):
+        if not probability <= 1 + 1e-4:
+            yield f"the probabilities of position {t} sum to {probability:.6g}"
+            return
+    # Half of the targets are the likeliest ones, then the least likely: the other half's losses must not notice.
+    likeliest, least = ((targets + choice + 7 * positions) % vocab for choice in (losses.argmin(0), losses.argmax(0)))
+    half = torch.rand(len(inputs), generator=torch.Generator().manual_seed(1)) < 0.5
+    one, other = (evaluate(model, inputs, torch.where(half, each, targets), context) for each in (likeliest, least))
+    found = difference(one[~half], other[~half])
+    if found:
+        t = (~half).nonzero()[found[0]].item()
+        yield f"changing the targets of other positions changes the loss of position {t} by {found[1]:.2g}"
+
+
+# ======================================================================================================================
+# Models: causal, normalized, documents
 # ======================================================================================================================
 
 
@@ -113,15 +208,11 @@ class Subject:
         self.script = load(path)
 
     def model(self, preset: str, **changes):
-        """A model of a preset's table, at the size of `tiny` but for the changes, with random weights.
-
-        At their start gates and factors are zero, and would hide what passes through them.
-        """
+        """A model of a preset's table, at the size of `tiny` but for the changes, with random weights."""
         sizes = {name: getattr(self.script.PRESETS["tiny"].model, name) for name in SIZES}
         torch.manual_seed(0)
         model = self.script.GPT(replace(self.script.PRESETS[preset].model, **{**sizes, **changes}))
-        for _, p in sorted(model.named_parameters()):  # by name: the same weights for every order of the parameters
-            p.data += torch.randn_like(p) / min(p.shape[-2:]) ** 0.5
+        shake(model)
         return model
 
     @functools.cached_property
@@ -133,7 +224,13 @@ class Subject:
 
     @functools.cached_property
     def runs(self) -> "Runs":
-        return Runs(self, (1, 2, 4) if "world_size" in self.checks else (1,))
+        return Runs(self, [name for name, checks in RUNS.items() if checks & set(self.checks)])
+
+
+def shake(model) -> None:
+    """Random weights: at their start gates and factors are zero, and would hide what passes through them."""
+    for _, p in sorted(model.named_parameters()):  # by name: the same weights for every order of the parameters
+        p.data += torch.randn_like(p) / min(p.shape[-2:]) ** 0.5
 
 
 WINDOWS = (5, 11)  # so small that in a short sequence every kind of layer has tokens beyond its window
@@ -148,24 +245,6 @@ def packed(lengths, config, seed: int = 0):
     return tokens[:-1], tokens[1:], numbers
 
 
-def another(tokens, config):
-    """Other tokens in place of all of these; one may be BOS, or no longer be."""
-    return (tokens + 1) % (config.bos_id + 1)
-
-
-def evaluate(model, inputs, targets, context):
-    losses = model.evaluate(inputs, targets, context)
-    if losses.shape != inputs.shape:
-        raise Problem(f"evaluate gives losses {tuple(losses.shape)} for tokens {tuple(inputs.shape)}")
-    return losses
-
-
-def difference(before, after) -> tuple[int, float] | None:
-    """Where losses first differ that must not, and by how much. NaN differs from all."""
-    wrong = (~((before - after).abs() <= EXACT)).nonzero()
-    return (t := wrong[0].item(), (after - before)[t].item()) if len(wrong) else None
-
-
 def causal(subject: Subject):
     """No loss depends on a later token."""
     for preset, model in subject.models.items():
@@ -176,144 +255,159 @@ def causal(subject: Subject):
         ):
             inputs, targets, _ = packed(lengths, model.config)
             context = subject.context(model, len(inputs), windows)
-            before = evaluate(model, inputs, targets, context)
-            for t in changed:
-                others, other_targets = inputs.clone(), targets.clone()
-                others[t] = another(inputs[t], model.config)
-                other_targets[t:] = another(targets[t:], model.config)
-                after = evaluate(model, others, other_targets, context)
-                if found := difference(before[:t], after[:t]):
-                    yield f"{preset}: changing token {t} changes the loss of position {found[0]} by {found[1]:.2g}"
-        yield from causal_in_training(subject, preset, model)
+            for leak in leaks_from_later(model, inputs, targets, context, changed):
+                yield f"{preset}: {leak}"
+        yield from causal_at_length(subject, preset)
+    yield from subject.runs.found("causal")
 
 
-@torch.no_grad()
-def causal_in_training(subject: Subject, preset: str, model):
-    """The objective is a sum; how it changes with one position's target depends on that position's logits alone."""
-    inputs, targets, _ = packed((1, 2, 21, 16), model.config)
-    context = subject.context(model, len(inputs), WINDOWS)
-    for t in range(0, len(inputs) - 1, 5):
-        other_targets, others = targets.clone(), inputs.clone()
-        other_targets[t] = (targets[t] + 1) % model.config.vocab_size
-        others[t + 1 :] = another(inputs[t + 1 :], model.config)
-        before, after = (
-            (model(x, other_targets, context).double() - model(x, targets, context).double()).item()
-            for x in (inputs, others)
-        )
-        if not abs(before - after) <= 100 * EXACT:  # the sum's rounding
-            yield f"{preset}: in training, changing the tokens after {t} changes the loss of position {t}"
+def causal_at_length(subject: Subject, preset: str):
+    """The same with the windows that validation really has, beyond their end, in a small model that evaluates."""
+    settings = subject.script.PRESETS[preset]
+    windows = settings.val_short_window, settings.val_long_window
+    model = subject.model(preset, dim=32, heads=2, bigram_dim=16).eval()
+    inputs, targets, _ = packed((max(*windows, 1024) + 300, 40), model.config)
+    inputs, targets = inputs[1:], targets[1:]  # begins within a document
+    context = subject.context(model, len(inputs), windows)
+    for leak in leaks_from_later(model, inputs, targets, context, (1100, len(inputs) - 1)):
+        yield f"{preset}, windows of {windows[0]} and {windows[1]}: {leak}"
 
 
 def normalized(subject: Subject):
-    """The probabilities of all tokens of the vocabulary sum to 1 at every position."""
-    # The head is the same for all tables; a small vocabulary takes as many evaluations as it has tokens.
-    model = subject.model("tiny", vocab_size=100, bos_id=99)
-    vocab = model.config.padded_vocab
-    inputs, targets, _ = packed((1, 6, 5), model.config)
-    context = subject.context(model, len(inputs), WINDOWS)
-    shifted = (evaluate(model, inputs, (targets + shift) % vocab, context) for shift in range(vocab))
-    total = sum((-losses.double()).exp() for losses in shifted)
-    for t, probability in enumerate(total.tolist()):
-        if not abs(probability - 1) <= 1e-4:
-            yield f"the probabilities of position {t} sum to {probability:.6g}"
+    """The probabilities of all tokens of the vocabulary sum to 1, whatever the other targets are."""
+    # The head is the same for all tables. A vocabulary that needs no padding: none of its probability is elsewhere.
+    model = subject.model("tiny", vocab_size=128, bos_id=127)
+    inputs, targets, _ = packed((1, 6, 33), model.config)
+    yield from false_probabilities(model, inputs, targets, subject.context(model, len(inputs), WINDOWS))
+    yield from subject.runs.found("normalized")
 
 
 def documents(subject: Subject):
-    """No token of one document reaches another."""
+    """No token of one document reaches another; where one does, that is legal, and noted."""
     # Many are as short as a document can be; some begin or end where a window does.
     layouts = [(1, 1, 2, 1, 3, 9, 1, 17, 4), (5, 5, 1, 11, 2, 9, 6), (22, 1, 1, 10, 1)]
     for (preset, model), (seed, lengths) in itertools.product(subject.models.items(), enumerate(layouts)):
         inputs, targets, numbers = packed(lengths, model.config, seed)
         context = subject.context(model, len(inputs), WINDOWS)
-        before = evaluate(model, inputs, targets, context)
-        ends = list(itertools.accumulate(lengths))
-        for number, end in enumerate(ends):
-            own = slice(end - lengths[number] + 1, end)  # all but its BOS
-            elsewhere = numbers != number
-            for new in another(inputs[own], model.config), model.config.bos_id:  # other words; no words
-                others = inputs.clone()
-                others[own] = new
-                after = evaluate(model, others, targets, context)
-                if found := difference(before[elsewhere], after[elsewhere]):
-                    t = elsewhere.nonzero()[found[0]].item()
-                    yield (
-                        f"{preset}: changing document {number} (tokens {own.start} to {end - 1}) changes the loss of "
-                        f"position {t}, in document {numbers[t]}, by {found[1]:.2g}"
-                    )
+        for leak in leaks_between_documents(model, inputs, targets, context, numbers, range(len(lengths))):
+            yield Note(f"{preset}: {leak}")
+    for leak in subject.runs.found("documents"):
+        yield Note(leak)
+
+
+class Note(str):
+    """A finding about what the rules allow: said, but nothing fails by it."""
 
 
 # ======================================================================================================================
-# Short runs: validation, world_size, warm_up, compiler
+# Runs
 # ======================================================================================================================
 
-VAL_TOKENS, BATCH_TOKENS = 4096, 2048
-OPTIONS = f"""--preset tiny --steps 6 --dim 32 --heads 2 --bigram-dim 16 --dtype float32 --run-id run --slices 4
-    --val-tokens {VAL_TOKENS} --val-seq-len 1024 --val-every 1000 --train-files x_train_*.bin --val-files x_val_*.bin"""
-LINE = re.compile(r"^step:(\d+)/\d+ (val|train)_loss:(\S+)", re.MULTILINE)
+# The runs, and the checks that need them.
+RUNS = {
+    "judged": {*"causal normalized documents validation learning clock warm_up world_size compiler".split()},
+    "other val": {"learning"},
+    "other train": {"learning"},
+    "two": {"world_size"},
+}
+VOCAB = 128  # with the last one as BOS; small, since every token is tried as a target, and without padding
+VAL_LENGTH, VAL_TOKENS, BATCH_TOKENS = 2048, 8192, 2048
+STEPS = 6  # or as many as the script's table of stages needs
+OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 16 --dtype float32 --run-id run --slices 4
+    --vocab-size {VOCAB} --bos-id {VOCAB - 1} --val-tokens {VAL_TOKENS} --val-seq-len {VAL_LENGTH} --val-every 1
+    --epochs 9 --train-files x_train_*.bin --val-files x_val_*.bin"""
+LINE = re.compile(r"^step:(\d+)/\d+ (val|train)_loss:(\S+) train_time:(\d+)ms", re.MULTILINE)
+
+# What a call costs in the made-up time of the judged run, in seconds.
+FORWARD, BACKWARD, UPDATE, EVALUATION, BATCH = 1.0, 2.0, 4.0, 100.0, 0.125
+# The mean losses of its validations: near the targets of the tracks, and up and down.
+MEANS = (5.7, 3.2843, 1.4412, 3.2911, 3.2777, 0.8107, 4.1005, 1.4453, 2.0, 3.2801)
+ONLY_TRAINING, ONLY_VALIDATION = VOCAB - 3, VOCAB - 2  # tokens that one of the streams has alone
 
 
-def random_stream(rng, tokens: int, bos: int) -> np.ndarray:
-    """Documents of very different lengths and difficulty; one is longer than any sequence."""
-    lengths = [1, 2, 1500, *rng.integers(1, 400, tokens // 100)]
-    return np.concatenate([np.append(bos, rng.integers(rng.integers(1, bos), size=n - 1)) for n in lengths])[:tokens]
+def random_stream(seed: int, tokens: int, own: int) -> np.ndarray:
+    """Documents of very different lengths and difficulty, with the token `own` here and there; some are long.
+
+    It begins within a document.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = [700, 1, 2, 2500, *rng.integers(1, 400, tokens // 100)]
+    documents = []
+    for length in lengths:
+        document = rng.integers(rng.integers(1, ONLY_TRAINING), size=length)
+        document[rng.random(length) < 0.02] = own
+        document[0] = VOCAB - 1
+        documents.append(document)
+    return np.concatenate(documents)[1 : tokens + 1]
 
 
 class Runs:
-    """Runs of the script on 1 and more processes, all started at once, on data made for them."""
+    """Runs of the script, all started at once, on data made for them."""
 
-    def __init__(self, subject: Subject, sizes: tuple[int, ...]):
-        self.folder, self.sizes = subject.folder, sizes
-        rng, bos = np.random.default_rng(0), subject.script.PRESETS["tiny"].model.bos_id
-        train, val = random_stream(rng, 30_000, bos), random_stream(rng, 2 * VAL_TOKENS, bos)
+    def __init__(self, subject: Subject, names: list[str]):
+        self.folder = subject.folder
+        self.processes = {}
+        settings = subject.script.PRESETS["tiny"]
+        steps = max(STEPS, len(settings.stages) + 2)
         # Forking spares the import of PyTorch.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.ranks = {}
-        for size in sizes:
-            folder = self.folder / str(size)
+        for name in names:
+            folder = self.folder / name
             folder.mkdir()
+            val = random_stream(2 + (name == "other val"), 2 * VAL_TOKENS, ONLY_VALIDATION)
+            train = random_stream(4 + (name == "other train"), 40_000, ONLY_TRAINING)
             write_shard(folder / "x_train_0.bin", train)
             # Validation goes on in a second shard, in the middle of a document, and that beyond what is read.
             write_shard(folder / "x_val_0.bin", val[:3000])
             write_shard(folder / "x_val_1.bin", val[3000:])
+            size = 2 if name == "two" else 1
             with socket.socket() as server:
                 server.bind(("127.0.0.1", 0))
-                how = (subject.path, folder, val, size, server.getsockname()[1])
-            ranks = [context.Process(target=run_rank, args=(rank, *how), daemon=True) for rank in range(size)]
-            for process in ranks:
+                how = (name, subject.path, folder, steps, val, size, server.getsockname()[1])
+            self.processes[name] = [
+                context.Process(target=run_rank, args=(rank, *how), daemon=True) for rank in range(size)
+            ]
+            for process in self.processes[name]:
                 process.start()
-            self.ranks[size] = ranks
 
-    def ended(self, size: int) -> Path:
-        """The folder of the run on `size` processes, when it has ended. Raises Problem if it ended badly."""
-        ranks = self.ranks[size]
+    def ended(self, name: str) -> Path:
+        """The folder of a run, when it has ended. Raises Problem if it ended badly."""
+        ranks = self.processes[name]
         while any(process.is_alive() for process in ranks):
             if any(process.exitcode for process in ranks):  # the others would wait for it
                 for process in ranks:
                     process.terminate()
             time.sleep(0.02)
-        folder = self.folder / str(size)
+        folder = self.folder / name
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
         # First those that failed by themselves, not by the signal above.
         for rank in sorted(failed, key=lambda rank: ranks[rank].exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)):
             said = (folder / f"output_{rank}").read_text(errors="replace").strip()
             last = said.splitlines()[-1][:300] if said else "nothing"
-            raise Problem(f"a run on {size} processes ended with status {ranks[rank].exitcode}; it said: {last}")
+            raise Problem(f"the run {name!r} ended with status {ranks[rank].exitcode}; it said: {last}")
         return folder
 
-    def losses(self, size: int) -> dict[tuple[int, str], float]:
-        """The losses in the log of the run on `size` processes, by step and kind."""
-        return {(int(step), kind): float(loss) for step, kind, loss in logged_losses(self.ended(size))}
+    def logged(self, name: str) -> list[tuple[int, str, float, int]]:
+        """The losses in the log of a run: step, kind, loss, and train_time in ms."""
+        return logged_losses(self.ended(name))
+
+    def facts(self, name: str) -> dict:
+        """What was noted in a run: findings by check, and digests."""
+        return json.loads((self.ended(name) / "facts.json").read_text())
 
     def found(self, check: str) -> list[str]:
-        """What the run on one process found for a check."""
-        return json.loads((self.ended(1) / "found.json").read_text())[check]
+        """What the judged run found for a check."""
+        return self.facts("judged")["findings"].get(check, [])
 
 
-def logged_losses(folder: Path) -> list[tuple[str, str, str]]:
-    return LINE.findall((folder / "logs" / "run.txt").read_text().rpartition("=" * 100)[2])
+def logged_losses(folder: Path) -> list[tuple[int, str, float, int]]:
+    text = (folder / "logs" / "run.txt").read_text().rpartition("=" * 100)[2]
+    return [(int(step), kind, float(loss), int(time)) for step, kind, loss, time in LINE.findall(text)]
 
 
-def run_rank(rank: int, path: Path, folder: Path, val: np.ndarray, size: int, port: int) -> None:
+def run_rank(
+    rank: int, name: str, path: Path, folder: Path, steps: int, val: np.ndarray, size: int, port: int
+) -> None:
     """One process of a run. If it is the only one, it writes down what the checks want to know."""
     os.chdir(folder)
     output = os.open(f"output_{rank}", os.O_WRONLY | os.O_CREAT)
@@ -323,58 +417,308 @@ def run_rank(rank: int, path: Path, folder: Path, val: np.ndarray, size: int, po
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     compiler = CompilerWatch(path)
+    judged = name == "judged"
+    made_up_time = MadeUpTime() if judged else None  # before the script takes its clock from where it finds it
     script = load(path)
     settings = script.PRESETS["tiny"]
     *stages, extension = (replace(s, batch_tokens=BATCH_TOKENS) for s in (*settings.stages, settings.extension))
     script.PRESETS["tiny"] = replace(settings, stages=tuple(stages), extension=extension)
-    warm_up, validation = WarmUpWatch(script), ValidationWatch(script)
-    status = script.main(OPTIONS.split())
+    witness = Witness(script, val, steps, made_up_time)
+    status = script.main([*OPTIONS.split(), "--steps", str(steps)])
     if size == 1 and not status:
-        logged = [float(loss) for _, kind, loss in logged_losses(folder) if kind == "val"]
-        found = {
-            "compiler": compiler.findings(),
-            "warm_up": warm_up.findings,
-            "validation": list(validation.findings(val, logged)),
-        }
-        Path("found.json").write_text(json.dumps(found))
+        if judged:
+            witness.judge(logged_losses(folder))
+            witness.findings["compiler"] = compiler.findings()
+        facts = {"findings": witness.findings, "start": witness.start, "end": witness.end(), "first": witness.first}
+        Path("facts.json").write_text(json.dumps(facts))
     sys.exit(status)
 
 
-class ValidationWatch:
-    """Notes what a run's validations evaluate, and the losses that they get."""
+class MadeUpTime:
+    """Time stands still but for what calls cost; for everybody who asks the module `time`."""
 
-    def __init__(self, script):
-        self.calls, self.paused = [], False
-        evaluate, warm_up = script.GPT.evaluate, script.warm_up
+    def __init__(self):
+        self.seconds = 0.0
+        for name in ("time", "perf_counter", "monotonic", "process_time", "thread_time"):
+            setattr(time, name, self.now)
+            setattr(time, f"{name}_ns", lambda: int(1e9 * self.now()))
 
-        def noting(model, inputs, targets, *args, **kwargs):
-            losses = evaluate(model, inputs, targets, *args, **kwargs)
-            if not self.paused:
-                self.calls.append([x.detach().flatten().cpu().double().numpy() for x in (inputs, targets, losses)])
-            return losses
+    def now(self) -> float:
+        self.seconds += 1e-7  # so that nothing takes no time at all
+        return self.seconds
 
-        def unnoted(*args, **kwargs):
-            self.paused = True
-            warm_up(*args, **kwargs)
-            self.paused = False
 
-        script.GPT.evaluate, script.warm_up = noting, unnoted
+def wrap(owner, name: str, around) -> None:
+    """Puts `around(original, *args, **kwargs)` in the place of a function."""
+    original = getattr(owner, name)
 
-    def findings(self, stream: np.ndarray, logged: list[float]):
-        """What is wrong with validations on the first tokens of `stream`, of which the log has these losses."""
-        empty = [np.zeros(0)] * 3
-        inputs, targets, losses = (np.concatenate(arrays) for arrays in zip(empty, *self.calls))
-        for name, seen, right in ("input", inputs, stream), ("target", targets, stream[1:]):
-            seen = seen[:VAL_TOKENS]
-            for t in np.flatnonzero(seen != right[: len(seen)])[:1]:
-                yield f"{name} {t} of the first validation is {seen[t]:.0f}; in the stream it is {right[t]}"
-        count = len(logged) * VAL_TOKENS
-        if not len(inputs) == len(losses) == count:
-            yield f"{len(logged)} validations on {VAL_TOKENS:,} tokens had {len(inputs):,} tokens, not {count:,}"
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def digest(tensors) -> str:
+    """A checksum of tensors, bit for bit."""
+    sums = hashlib.sha256()
+    for tensor in tensors:
+        sums.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()
+
+
+@dataclass
+class Validation:
+    """The calls of `evaluate` between two training steps."""
+
+    cost: float  # of all training before it
+    calls: int  # of training, since the one before
+    seen: np.ndarray  # how often each token of the stream was a target
+
+
+class Witness:
+    """Watches a run: what it trains on, what its validations evaluate, what the warm-up leaves, what time costs."""
+
+    def __init__(self, script, stream: np.ndarray, steps: int, made_up_time: MadeUpTime | None):
+        self.stream, self.steps, self.time = stream, steps, made_up_time
+        self.findings = {check: [] for check in CHECKS}
+        self.findings["warm_up"].append("the run did not call warm_up")
+        self.validations: list[Validation] = []
+        self.cost, self.calls = 0.0, 0
+        self.off = False  # within the warm-up or a validation
+        self.warming = False
+        self.model = None
+        self.before_warm_up = self.watched = None
+        self.start = self.first = None  # digests: of the model when training starts; of the first validation's losses
+        self.trained_on = set()
+        self.main_thread = threading.current_thread()
+        # Spread out: every token's made-up loss is different, more so where a cheat may leave tokens out.
+        rng = np.random.default_rng(0)
+        spread = rng.normal(size=VAL_TOKENS) + np.linspace(-1, 1, VAL_TOKENS)
+        spread += np.where(stream[:VAL_TOKENS] == VOCAB - 1, 1.0, 0.0)  # after BOS
+        spread -= np.where(stream[1 : VAL_TOKENS + 1] < 20, 0.5, 0.0)  # frequent tokens
+        spread -= spread.mean()
+        # What lies beyond the first tokens has a mean of its own.
+        self.spread = np.append(spread, rng.normal(2, 1, len(stream) - 1 - VAL_TOKENS))
+
+        wrap(script.GPT, "forward", self.forward)
+        wrap(script.GPT, "evaluate", self.evaluate)
+        wrap(script, "warm_up", self.warm_up)
+        wrap(torch.autograd, "backward", self.backward)
+        wrap(torch.autograd, "grad", self.backward)
+        wrap(futures.Future, "result", self.result)
+
+    # Training
+
+    def pay(self, seconds: float) -> None:
+        """A call of training, outside of the warm-up."""
+        self.cost += seconds
+        self.calls += 1
+        if self.time:
+            self.time.seconds += seconds
+
+    def forward(self, original, model, inputs, *args, **kwargs):
+        if not self.off:
+            if self.start is None:
+                self.model = model
+                self.start = digest((*model.parameters(), *model.buffers()))
+                self.compare_with_warm_up()
+            self.trained_on.update(torch.unique(inputs).tolist())
+            self.pay(FORWARD)
+        return original(model, inputs, *args, **kwargs)
+
+    def backward(self, original, *args, **kwargs):
+        if not self.warming:
+            self.pay(BACKWARD)
+        return original(*args, **kwargs)
+
+    def update(self, original, *args, **kwargs):
+        if not self.warming:
+            self.pay(UPDATE)
+        return original(*args, **kwargs)
+
+    def result(self, original, *args, **kwargs):
+        """Waiting for what a thread prepares, as batches are."""
+        if not self.warming and threading.current_thread() is self.main_thread:
+            self.cost += BATCH
+            if self.time:
+                self.time.seconds += BATCH
+        return original(*args, **kwargs)
+
+    def end(self) -> str | None:
+        """A digest of the model as it is."""
+        return self.model and digest((*self.model.parameters(), *self.model.buffers()))
+
+    # The warm-up
+
+    def warm_up(self, original, *args, **kwargs):
+        self.watched = {type(thing).__name__: thing for thing in (*args, *kwargs.values())}
+        self.before_warm_up = self.state()
+        self.off = self.warming = True
+        returned = original(*args, **kwargs)
+        self.off = self.warming = False
+        self.findings["warm_up"] = self.changes()
+        for thing in self.watched.values():
+            if hasattr(thing, "step") and callable(thing.step):
+                wrap(thing, "step", self.update)
+        return returned
+
+    def state(self) -> dict:
+        return dict(contents({**self.watched, "torch.get_rng_state()": torch.get_rng_state()}, "", set()))
+
+    def changes(self) -> list[str]:
+        now = self.state()
+        names = sorted(self.before_warm_up.keys() | now.keys())
+        return [
+            f"{name.strip('.')} is not what it was"
+            for name in names
+            if not same(self.before_warm_up.get(name), now.get(name))
+        ]
+
+    def compare_with_warm_up(self) -> None:
+        """When training starts, the model is what it was before the warm-up."""
+        if self.before_warm_up is None or self.findings["warm_up"]:
             return
-        for number, (right, loss) in enumerate(zip(losses.reshape(-1, VAL_TOKENS).mean(1), logged)):
-            if not abs(right - loss) <= LOGGED:
-                yield f"validation {number} is logged as {loss}; the mean loss of its tokens is {right:.4f}"
+        self.watched = {name: thing for name, thing in self.watched.items() if isinstance(thing, torch.nn.Module)}
+        names = tuple(f".{name}." for name in self.watched)
+        now = self.state()
+        for name, value in self.before_warm_up.items():
+            if name.startswith(names) and not name.endswith(".grad") and not same(value, now.get(name)):
+                self.findings["learning"].append(f"{name.strip('.')} changed between the warm-up and the first step")
+
+    # Validation
+
+    def evaluate(self, original, model, inputs, targets, *args, **kwargs):
+        if self.warming or self.off:
+            return original(model, inputs, targets, *args, **kwargs)
+        if not self.validations or self.calls:
+            self.validations.append(Validation(self.cost, self.calls, np.zeros(len(self.stream) - 1, int)))
+            self.calls = 0
+        self.off = True
+        losses = original(model, inputs, targets, *args, **kwargs)
+        if len(self.validations) == 1:
+            self.first = digest([losses]) if self.first is None else self.first + digest([losses])
+        number = len(self.validations) - 1
+        if self.time:
+            if number in (0, self.steps):
+                self.probe(original, model, inputs, targets, *args, **kwargs)
+            self.time.seconds += EVALUATION
+            losses = self.made_up(number, inputs, targets, losses)
+        self.off = False
+        return losses
+
+    def made_up(self, number: int, inputs, targets, losses):
+        """Made-up losses of a validation's tokens, by their place in the stream; the true ones of tokens elsewhere."""
+        place = self.place(inputs, targets)
+        if place is None:
+            return losses
+        self.validations[-1].seen[place : place + len(inputs)] += 1
+        made_up = MEANS[number % len(MEANS)] + self.spread[place : place + len(inputs)]
+        return torch.from_numpy(made_up).to(losses)
+
+    def place(self, inputs, targets) -> int | None:
+        """Where in the stream a sequence begins; None if it is not from there, which is a finding."""
+        inputs, targets = (x.detach().flatten().cpu().numpy() for x in (inputs, targets))
+        start = inputs[:64].astype(np.uint8).tobytes()
+        place = self.stream.astype(np.uint8).tobytes().find(start)
+        if place < 0:
+            self.findings["validation"].append(f"evaluates tokens that the stream has not: {inputs[:8].tolist()} …")
+            return None
+        for what, seen, first in (("input", inputs, place), ("target", targets, place + 1)):
+            right = self.stream[first : first + len(seen)]
+            if len(right) < len(seen):
+                self.findings["validation"].append(f"evaluates {len(seen):,} tokens from {place:,} on, past the end")
+                return None
+            wrong = np.flatnonzero(seen != right)
+            if len(wrong):
+                t = wrong[0]
+                self.findings["validation"].append(
+                    f"{what} {first + t} of the validation is {seen[t]}; in the stream it is {right[t]}"
+                )
+                return None
+        return place
+
+    @torch.no_grad()
+    def probe(self, original, model, inputs, targets, context, *args, **kwargs) -> None:
+        """Asks the model as it is here, with the run's own context, what the checks ask of models."""
+        random = torch.get_rng_state()
+        weights = [p.detach().clone() for p in model.parameters()]
+        torch.manual_seed(0)
+        shake(model)
+        asked = Asked(model, functools.partial(original, model))
+        where = "in the first validation" if len(self.validations) == 1 else "in the last validation"
+        calls = self.validations[-1].seen.sum() // VAL_LENGTH  # before this one
+        found = {"causal": [], "normalized": [], "documents": []}
+        inputs, targets = inputs.detach(), targets.detach()
+        if calls < 2:  # a sequence from the start of the stream, and one from within
+            changed = (1, 70, 300, 1001, 1500, len(inputs) - 1)
+            found["causal"] = leaks_from_later(asked, inputs, targets, context, changed)
+            numbers = (inputs == asked.config.bos_id).cumsum(0)
+            found["documents"] = leaks_between_documents(asked, inputs, targets, context, numbers, (0, 1))
+        if calls == 0 and where == "in the last validation":
+            found["normalized"] = false_probabilities(asked, inputs, targets, context)
+        for check, leaks in found.items():
+            self.findings[check] += [f"{where}, {leak}" for leak in leaks]
+        for p, before in zip(model.parameters(), weights):
+            p.data.copy_(before)
+        torch.set_rng_state(random)
+
+    # What it all amounts to
+
+    def judge(self, logged: list[tuple[int, str, float, int]]) -> None:
+        """Compares what happened with what the log says."""
+        lines = [(step, loss, milliseconds) for step, kind, loss, milliseconds in logged if kind == "val"]
+        if len(lines) != len(self.validations):
+            text = f"{len(self.validations)} validations were made, and {len(lines)} are in the log"
+            self.findings["learning" if len(lines) < len(self.validations) else "validation"].append(text)
+            return
+        for number, ((step, loss, _), validation) in enumerate(zip(lines, self.validations)):
+            seen, beyond = validation.seen[:VAL_TOKENS], validation.seen[VAL_TOKENS:]
+            where = f"the validation of step {step}"
+            mean = MEANS[number % len(MEANS)]
+            if not seen.all():
+                text = f"{where} leaves out {(seen == 0).sum():,} of {VAL_TOKENS:,} tokens"
+                self.findings["validation"].append(f"{text}, the first of them {np.argmin(seen)}")
+            elif beyond.any():
+                self.findings["validation"].append(f"{where} goes on after {VAL_TOKENS:,} tokens")
+            elif not abs(loss - mean) <= 6e-5:
+                self.findings["validation"].append(f"{where} is logged as {loss}; the mean of its losses is {mean}")
+            if seen.min() > 1:
+                self.findings["learning"].append(f"{where} evaluates the whole stream {seen.min()} times")
+        self.judge_time(lines)
+        if ONLY_VALIDATION in self.trained_on:
+            self.findings["learning"].append("a token that only the validation stream has was trained on")
+
+    def judge_time(self, lines: list[tuple[int, float, int]]) -> None:
+        """No call may be missing from `train_time`; if one is, it is the clock, or what happens while it stands."""
+        calls = [validation.calls for validation in self.validations]
+        usual = statistics.mode(calls[1:]) if len(calls) > 1 else 0
+        for (step, _, milliseconds), validation in zip(lines, self.validations):
+            missing = validation.cost - milliseconds / 1000
+            if missing <= 1.5 * BATCH:
+                continue
+            unusual = [
+                (number, count - (usual if number else 0))
+                for number, count in enumerate(calls)
+                if count > (usual if number else 0)
+            ]
+            if unusual:
+                number, count = unusual[0]
+                self.findings["learning"].append(
+                    f"{count} calls of the model or the optimizer before the validation of step {lines[number][0]} "
+                    "are not those of its steps, and not on the clock"
+                )
+            else:
+                shown = f"{milliseconds / 1000:.3f} s; what was done took {validation.cost:.3f} s"
+                self.findings["clock"].append(f"train_time of step {step} is {shown}")
+            return
+
+
+class Asked:
+    """A model in a run, as the questions above want it."""
+
+    def __init__(self, model, evaluate):
+        self.config, self.evaluate = model.config, evaluate
 
 
 def validation(subject: Subject):
@@ -389,15 +733,38 @@ def validation(subject: Subject):
     yield from subject.runs.found("validation")
 
 
+def learning(subject: Subject):
+    """The model learns from the training stream alone, and on the clock alone."""
+    yield from subject.runs.found("learning")
+    judged, other_val, other_train = (subject.runs.facts(name) for name in ("judged", "other val", "other train"))
+    if judged["start"] != other_train["start"]:
+        yield "what the model is before its first step depends on the training stream"
+    if judged["first"] != other_train["first"]:
+        yield "the losses at step 0 depend on the training stream"
+    if judged["start"] != other_val["start"]:
+        yield "what the model is before its first step depends on the validation stream"
+    elif judged["end"] != other_val["end"]:
+        yield "what the model has learned depends on the validation stream"
+
+
+def clock(subject: Subject):
+    """train_time has everything that training takes: batches, forward, backward, optimizer."""
+    yield from subject.runs.found("clock")
+
+
+def warm_up(subject: Subject):
+    """The warm-up leaves weights, gradients, optimizer and random numbers as they were, bit for bit."""
+    yield from subject.runs.found("warm_up")
+
+
 def world_size(subject: Subject):
-    """The losses of a run are the same on one, two and four processes."""
-    alone = subject.runs.losses(1)
-    for size in subject.runs.sizes[1:]:
-        together = subject.runs.losses(size)
-        for step, kind in sorted(alone.keys() | together.keys()):
-            one, more = alone.get((step, kind)), together.get((step, kind))
-            if one is None or more is None or not abs(one - more) <= LOGGED:
-                yield f"{kind}_loss of step {step} is {one} on one process, {more} on {size}"
+    """The losses of a run are the same on one process and on two; where they are not, that is legal, and noted."""
+    alone = {(step, kind): loss for step, kind, loss, _ in subject.runs.logged("judged") if kind == "train"}
+    together = {(step, kind): loss for step, kind, loss, _ in subject.runs.logged("two") if kind == "train"}
+    for step, kind in sorted(alone.keys() | together.keys()):
+        one, more = alone.get((step, kind)), together.get((step, kind))
+        if one is None or more is None or not abs(one - more) <= LOGGED:
+            yield Note(f"{kind}_loss of step {step} is {one} on one process, {more} on two")
 
 
 def contents(thing, name: str, seen: set):
@@ -424,39 +791,12 @@ def contents(thing, name: str, seen: set):
         yield from contents(vars(thing), name, seen)
 
 
-class WarmUpWatch:
-    """Compares all that the warm-up gets, and the random numbers to come, before and after it."""
-
-    def __init__(self, script):
-        self.findings = ["the run did not call warm_up"]
-        warm_up = script.warm_up
-
-        def state(args, kwargs):
-            things = {type(thing).__name__: thing for thing in (*args, *kwargs.values())}
-            return dict(contents({**things, "torch.get_rng_state()": torch.get_rng_state()}, "", set()))
-
-        def watched(*args, **kwargs):
-            before = state(args, kwargs)
-            warm_up(*args, **kwargs)
-            after = state(args, kwargs)
-            names = before.keys() | after.keys()
-            changed = [name for name in names if not same(before.get(name), after.get(name))]
-            self.findings = [f"{name.strip('.')} is not what it was" for name in sorted(changed)]
-
-        script.warm_up = watched
-
-
 def same(a, b) -> bool:
     """Whether two values are the same, bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         a, b = a.contiguous(), b.contiguous()
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*(x.view(-1).view(torch.uint8) for x in (a, b)))
     return type(a) is type(b) and a == b
-
-
-def warm_up(subject: Subject):
-    """The warm-up leaves weights, gradients, optimizer and random numbers as they were, bit for bit."""
-    yield from subject.runs.found("warm_up")
 
 
 COMPILER = ("torch.compiler.", "torch._dynamo.", "torch._functorch.", "torch._inductor.")
@@ -541,7 +881,10 @@ def compiler(subject: Subject):
             yield f"line {line}: {flag}"
 
 
-CHECKS = {check.__name__: check for check in (causal, normalized, documents, validation, world_size, warm_up, compiler)}
+CHECKS = {
+    check.__name__: check
+    for check in (causal, normalized, documents, validation, learning, clock, warm_up, world_size, compiler)
+}
 
 
 def main(path: Path, checks: list[str]) -> None:
@@ -561,13 +904,18 @@ def main(path: Path, checks: list[str]) -> None:
             return answer(problem=str(problem))
         answer(loaded=True)
         for name in checks:
+            found, unable = [], None
             try:
-                findings = list(itertools.islice(CHECKS[name](subject), MOST))
+                found += itertools.islice(CHECKS[name](subject), MOST)
             except Problem as problem:
-                findings = [str(problem)]
+                unable = str(problem)
             except Exception as error:
-                findings = [explain(error, path)]
-            answer(check=name, rule=CHECKS[name].__doc__.split("\n")[0], findings=findings)
+                unable = explain(error, path)
+            notes = [str(each) for each in found if isinstance(each, Note)]
+            findings = [each for each in found if not isinstance(each, Note)]
+            answer(
+                check=name, rule=CHECKS[name].__doc__.split("\n")[0], findings=findings, notes=notes, not_judged=unable
+            )
 
 
 if __name__ == "__main__":

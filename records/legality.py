@@ -854,21 +854,58 @@ class CompilerWatch:
         return findings
 
 
+PLAIN = ("dynamic", "fullgraph", "disable")  # words of torch.compile that are no flags for the compiler
+MENTION = re.compile(  # of flags, in the text of a script or in a string of it
+    r"\b_(?:inductor|dynamo|functorch)\W*(?:\.|import|'|\")\W*config\b|\b_inductor\b|\bconfig_patches\b"
+    rf"|max-autotune|reduce-overhead|{VARIABLE.pattern}"
+)
+
+
+def words_of(call: ast.Call) -> list[ast.keyword]:
+    """The keywords of a call, also those of a dictionary that is written out behind two stars."""
+    words = []
+    for word in call.keywords:
+        entries = word.value
+        if word.arg is None and isinstance(entries, ast.Dict):
+            for key, value in zip(entries.keys, entries.values):
+                words.append(ast.keyword(getattr(key, "value", None), value))
+        elif word.arg is None and isinstance(entries, ast.Call) and ast.unparse(entries.func) == "dict":
+            words += words_of(entries)
+        else:
+            words.append(word)
+    return words
+
+
 def flags_in_source(path: Path) -> dict[int, str]:
     """Mentions of compiler flags by line, also in what only a GPU runs."""
     flags = {}
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    tree = ast.parse(path.read_bytes())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        found = []
         if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom):
-            found = re.findall(r".*\b_(?:inductor|dynamo|functorch)(?:\.| import )config\b.*", ast.unparse(node))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found = [node.value] * bool(VARIABLE.fullmatch(node.value))
-        elif isinstance(node, ast.Call) and (name := ast.unparse(node.func)).endswith("compile"):
-            found = [f"{name}({ast.unparse(word)})" for word in node.keywords if word.arg in ("mode", "options")]
-        else:
-            continue
+            found = [ast.unparse(node)] * bool(MENTION.search(ast.unparse(node)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            found = [node.value] * bool(MENTION.search(node.value))
+        elif isinstance(node, ast.keyword) and node.arg:
+            found = [ast.unparse(node)] * bool(MENTION.search(node.arg))
+        elif isinstance(node, ast.Call):
+            # torch.compile itself, or what is told to call it.
+            for part in (node.func, *node.args):
+                name = ast.unparse(part)
+                if name.endswith("compile") and name != "re.compile":
+                    found = [f"{name}({ast.unparse(word)})" for word in words_of(node) if not is_plain(word)]
+                    break
         for flag in found:
             flags.setdefault(node.lineno, flag)
     return flags
+
+
+def is_plain(word: ast.keyword) -> bool:
+    """Whether a keyword of torch.compile says no more than what it does unasked."""
+    if isinstance(word.value, ast.Constant) and word.value.value in USUAL.get(word.arg, ()):
+        return True
+    return word.arg in PLAIN
 
 
 def compiler(subject: Subject):

@@ -562,7 +562,8 @@ def records(tmp_path):
         record = folder / "fast" / name
         write(record / "README.md", f"# {title}\n\nWhat changed: much.\n\nContributors: @me\n")
         sample(record, losses, [80_000] * len(losses))
-    shutil.copy(LOGBOOK, folder)
+    for module in LOGBOOK.parent.glob("*.py"):
+        shutil.copy(module, folder)
     shutil.copy(ROOT / "command.py", tmp_path)
     return folder
 

@@ -1,0 +1,406 @@
+"""Reads the logs of training runs: their lines, the scripts in them, and the runs.
+
+It reads train_gpt.py's logs and those of the public leaderboard, of every age, and needs Python alone.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+from array import array
+from dataclasses import dataclass, field
+
+from command import UserError, report
+
+RULE = b"=" * 100  # the line around a log's header
+CHUNK = 1 << 20  # bytes read at once
+MAX_LINE = 1 << 16  # a longer line is no line of a log: it is skipped without being held
+MAX_SOURCE = 1 << 22  # the longest script that is looked for
+MAX_CLAIMS = 100  # lines in a file that claim to end a source; each costs hashing that source
+MAX_RUNS = 10_000  # runs in one file
+MAX_GPUS = 1000  # cards in one run's header
+
+
+# ======================================================================================================================
+# Lines
+#
+# A log may be large, and most of it is source text. Lines are found by a regular expression over whole chunks, so that
+# Python sees only those that may mean something, and memory does not depend on the file's size or on its lines' length.
+# ======================================================================================================================
+
+
+def marked_lines(file, marks: re.Pattern):
+    """Yields (offset, line, ended) of the lines of a binary file that `marks` matches at their start.
+
+    `marks` must begin with the line end before the line. Line ends, "\\n" or "\\r\\n", are left off; `ended` is False
+    for a last line that has none.
+    """
+    position = 0  # in the file, of the end of `text`
+    text = b"\n"  # the line end before the first unread line, and what is known of that line
+    while chunk := file.read(CHUNK):
+        if position == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError("is UTF-16 text; convert it to UTF-8")
+        position += len(chunk)
+        text += chunk.removeprefix(b"\xef\xbb\xbf") if position == len(chunk) else chunk
+        end = text.rfind(b"\n")
+        for match in marks.finditer(text, 0, end + 1):
+            start = match.start() + 1
+            stop = text.find(b"\n", start)
+            if stop - start <= MAX_LINE:
+                yield position - len(text) + start, text[start:stop].removesuffix(b"\r"), True
+        # The end of an overlong line is not preceded by a line end here, so that nothing in it is taken for a line.
+        text = text[end:] if end >= 0 and len(text) - end <= MAX_LINE else b""
+    if marks.match(text):
+        yield position - len(text) + 1, text[1:], False
+
+
+def line_number(path: str, offset: int) -> int:
+    """The number, from 1, of the line at `offset`."""
+    lines = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (chunk := file.read(min(CHUNK, offset))):
+            lines += chunk.count(b"\n")
+            offset -= len(chunk)
+    return lines
+
+
+# ======================================================================================================================
+# Source
+#
+# A log of train_gpt.py begins with its source, byte for byte, a line of 100 "=" and `source: N bytes, sha256 H`. The
+# source may hold such lines itself, so only a line counts before which N bytes lie that hash to H.
+# ======================================================================================================================
+
+SOURCE_MARK = re.compile(rb"\nsource: ")
+SOURCE_LINE = re.compile(rb"source: (\d{1,9}) bytes, sha256 ([0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line that says that the `size` bytes before the "=" line at offset `rule` are a source."""
+
+    rule: int
+    size: int
+    sha256: str
+
+    def prove(self, file) -> tuple[int, bytes] | None:
+        """Where the source starts and its text, if the bytes bear the claim out; else None."""
+        file.seek(max(0, self.rule - 2 * self.size - 2))
+        before = file.read(self.rule - file.tell())
+        # A log that went through Windows may have "\r\n" where the script had "\n"; the hash tells.
+        for text in (before, before.replace(b"\r\n", b"\n")):
+            # A source without a line end at its end got one.
+            for end in (len(text), len(text) - 1):
+                source = text[end - self.size : end]
+                if end >= self.size and hashlib.sha256(source).hexdigest() == self.sha256:
+                    added = source.count(b"\n") if text is not before else 0
+                    return self.rule - (len(text) - end) - self.size - added, source
+        return None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources in a file: (start, end, claim) of each proved one, in order, and how many claims fail."""
+
+    proved: list[tuple[int, int, Claim]]
+    unproved: int
+
+
+def find_sources(file) -> Sources:
+    """Finds the sources in a binary log: one at its start, or several where logs were put together."""
+    candidates = []
+    for offset, line, _ in marked_lines(file, SOURCE_MARK):
+        match = SOURCE_LINE.fullmatch(line)
+        if match and int(match[1]) <= MAX_SOURCE:
+            candidates.append((offset, int(match[1]), match[2].decode()))
+            if len(candidates) > MAX_CLAIMS:
+                raise UserError(f"holds more than {MAX_CLAIMS} logs or sources; split it")
+    proved, unproved = [], []
+    for offset, size, sha256 in candidates:
+        file.seek(max(0, offset - len(RULE) - 2))
+        _, rule, line_end = file.read(offset - file.tell()).rpartition(RULE)
+        if not rule or line_end not in (b"\n", b"\r\n"):
+            continue
+        claim = Claim(offset - len(rule) - len(line_end), size, sha256)
+        if (found := claim.prove(file)) is None:
+            unproved.append(claim)
+            continue
+        # A source may quote a log, source and all: the outer one counts, and what it quotes does not.
+        start = found[0]
+        proved = [inner for inner in proved if inner[0] < start] + [(start, claim.rule, claim)]
+        unproved = [inner for inner in unproved if inner.rule < start]
+    return Sources(proved, len(unproved))
+
+
+# ======================================================================================================================
+# Runs
+# ======================================================================================================================
+
+MARKS = re.compile(rb"\n(?:s(?:tep)?:[ \t]*\d|peak memory|={100}(?=\r?\n)|hardware: |git: |\|[ \t]+\d+[ \t]+[A-Z])")
+# llm.c wrote `s:250 tel:6.1710`, all since then `step:250/1390 val_loss:3.9012 train_time:14210ms step_avg:56.84ms`.
+TRAINING_LINE = re.compile(
+    rb"s(?:tep)?:[ \t]*(\d{1,12})(?:/(\d{1,12}))?[ \t].*?(?:val_loss|tel|train_loss|trl|train_time):"
+)
+# name, number, unit, and what should not be there
+FIELD = re.compile(
+    rb"[ \t](val_loss|tel|train_time|step_avg):[ \t]*(nan|inf|\d{1,20}(?:\.\d{0,20})?)?(?:[ \t]?(ms|s)(?!\S))?(\S*)"
+)
+FIELD_NAMES = {b"val_loss": "val_loss", b"tel": "val_loss", b"train_time": "train_time", b"step_avg": "step_avg"}
+PEAK_MEMORY = re.compile(rb"peak memory[^:]*:[ \t]*(\d{1,12}(?:\.\d{0,12})?)[ \t]*(MiB|GiB)\b")
+MEBIBYTES = {b"MiB": 1, b"GiB": 1024}
+GPU = re.compile(rb"\|[ \t]+\d+[ \t]+(\S.*?)[ \t]+(?:On|Off)[ \t]+\|")  # a card's row in nvidia-smi's table
+LOG_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:s(?:tep)?:[ \t]*\d|Running P)")  # how a log without source begins
+
+
+@dataclass(eq=False)
+class Run:
+    """One run: what its log says. None: the log does not say."""
+
+    file: str
+    number: int  # among the runs of the file, from 1
+    total_steps: int | None
+    hardware: str | None
+    commit: str | None
+    final_step: int = 0
+    train_time_ms: float | None = None
+    step_avg_ms: float | None = None
+    peak_memory_mib: float | None = None
+    # Its validations. Arrays: a log may hold millions. NaN: a validation without a time.
+    steps: array = field(default_factory=lambda: array("q"))
+    losses: array = field(default_factory=lambda: array("d"))
+    times_ms: array = field(default_factory=lambda: array("d"))
+    alone: bool = True  # in its file
+
+    @property
+    def name(self) -> str:
+        return self.file if self.alone else f"{self.file} run {self.number}"
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.losses[-1] if self.losses else None
+
+    def flaw(self) -> str | None:
+        """Why the last validation is not the result of a finished run; None if it is."""
+        if not self.losses:
+            return "has no validation loss"
+        if self.total_steps is not None and self.steps[-1] != self.total_steps:
+            return f"stops at step {self.final_step} of {self.total_steps}, last validated at step {self.steps[-1]}"
+        if self.steps[-1] < self.final_step:
+            return f"stops at step {self.final_step}, last validated at step {self.steps[-1]}"
+        if not math.isfinite(self.losses[-1]):
+            return f"its last validation loss is {self.losses[-1]}"
+        return None
+
+
+@dataclass
+class Log:
+    """The runs of one file, what could not be read in it, and what else its reader should know."""
+
+    runs: list[Run] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_fields(line: bytes) -> dict[str, float]:
+    """The validation loss and the times (ms) of a training line; ValueError names one that cannot be read."""
+    values = {}
+    for name, number, unit, rest in FIELD.findall(line):
+        name = FIELD_NAMES[name]
+        # A loss has no unit. A time without one may be anything.
+        if not number or rest or (unit == b"") != (name == "val_loss"):
+            raise ValueError(f"{name}:{(number + unit + rest)[:60].decode(errors='backslashreplace')}")
+        # Rounded so that 16.1s is 16100 ms and not 16100.000000000002.
+        values[name] = round(1000 * float(number), 6) if unit == b"s" else float(number)
+    return values
+
+
+class LogReader:
+    """Puts the lines of one file together into runs."""
+
+    def __init__(self, path: str, in_source: bool):
+        """`in_source`: the file begins with source text that ends at the first line of 100 "="."""
+        self.path = path
+        self.in_source = in_source
+        self.log = Log()
+        self.unreadable = None  # offset of the first line that cannot be read, and what in it
+        self.unreadable_lines = 0
+        self.last = None  # of the run: its values, or the offset and text of a line that has them
+        self.end_run()
+
+    def add(self, offset: int, line: bytes, ended: bool) -> None:
+        if not ended and not line.endswith((b"s", b"MiB")):
+            # Only a unit shows that the number before it is whole.
+            self.log.notes.append("the last line has no line end and may be cut short: left out")
+        elif line.startswith(b"s"):
+            self.add_training_line(offset, line)
+        elif line == RULE:
+            if self.in_source:
+                self.forget_source()
+            elif self.run:
+                self.end_run()
+        elif line.startswith(b"peak memory"):
+            self.add_peak_memory(offset, line)
+        elif line.startswith(b"hardware: "):
+            self.hardware = line.removeprefix(b"hardware: ").decode(errors="replace").strip()
+        elif line.startswith(b"git: "):
+            self.commit = line.removeprefix(b"git: ").decode(errors="replace").strip()
+        elif len(self.gpus) < MAX_GPUS and (gpu := GPU.match(line)):
+            self.gpus.append(gpu[1].decode(errors="replace"))
+
+    def add_training_line(self, offset: int, line: bytes) -> None:
+        match = TRAINING_LINE.match(line)
+        if match is None:
+            return
+        step = int(match[1])
+        total = int(match[2]) if match[2] else None
+        validation = b"val_loss:" in line or b" tel:" in line
+        # A training loss may come a few steps late, so going back means a new run only among lines of one kind.
+        if (
+            self.run is None
+            or total != self.run.total_steps
+            or (step <= self.val_step if validation else step < self.train_step)
+            or step == 0 < self.run.final_step
+        ):
+            self.start_run(total)
+        run = self.run
+        if validation:
+            self.val_step = step
+            values = self.fields(offset, line)
+            if "val_loss" in values:
+                run.steps.append(step)
+                run.losses.append(values["val_loss"])
+                run.times_ms.append(values.get("train_time", math.nan))
+        else:
+            self.train_step = step
+        # The run's time is that of its last step, where there are two lines the validation's. Of all the other lines
+        # only the last is taken apart: there may be millions.
+        if self.last is None or step > run.final_step or (validation and step == run.final_step):
+            self.last = values if validation else (offset, line)
+            run.final_step = step
+
+    def start_run(self, total: int | None) -> None:
+        self.read_last_line()
+        if len(self.log.runs) == MAX_RUNS:
+            raise UserError(f"holds more than {MAX_RUNS:,} runs; split it")
+        cards = ", ".join(f"{self.gpus.count(name)} x {name}" for name in dict.fromkeys(self.gpus))
+        hardware = self.hardware or cards or None
+        self.run = Run(self.path, len(self.log.runs) + 1, total, hardware, self.commit)
+        self.log.runs.append(self.run)
+        self.val_step = self.train_step = -1
+
+    def end_run(self) -> None:
+        """What follows is another log's: a header of its own, and runs of its own."""
+        self.read_last_line()
+        self.run = self.hardware = self.commit = None
+        self.gpus = []  # names of the cards in nvidia-smi's table
+
+    def read_last_line(self) -> None:
+        if self.last is not None:
+            values = self.last if isinstance(self.last, dict) else self.fields(*self.last)
+            self.run.train_time_ms = finite(values.get("train_time", math.nan))
+            self.run.step_avg_ms = finite(values.get("step_avg", math.nan))
+        self.last = None
+
+    def add_peak_memory(self, offset: int, line: bytes) -> None:
+        match = PEAK_MEMORY.match(line)
+        if match is None:
+            self.cannot_read(offset, line[:60].decode(errors="backslashreplace"))
+        elif self.run:
+            self.run.peak_memory_mib = float(match[1]) * MEBIBYTES[match[2]]
+
+    def fields(self, offset: int, line: bytes) -> dict[str, float]:
+        try:
+            return read_fields(line)
+        except ValueError as error:
+            self.cannot_read(offset, str(error))
+            return {}
+
+    def cannot_read(self, offset: int, what: str) -> None:
+        self.unreadable = self.unreadable or (offset, what)
+        self.unreadable_lines += 1
+
+    def forget_source(self) -> None:
+        """What came before was source text, and anything in it that looks like a log's lines is not one."""
+        self.in_source = False
+        self.last = None
+        if self.log.runs:
+            self.log.notes.append('training lines before the first line of 100 "=" taken for source text: left out')
+        self.log.runs.clear()
+        self.unreadable, self.unreadable_lines = None, 0
+        self.end_run()
+
+    def finish(self) -> Log:
+        self.read_last_line()
+        for run in self.log.runs:
+            run.alone = len(self.log.runs) == 1
+        if self.unreadable:
+            offset, what = self.unreadable
+            more = f", nor {self.unreadable_lines - 1:,} lines more" if self.unreadable_lines > 1 else ""
+            self.log.problems.append(f"line {line_number(self.path, offset)}: cannot read {what!r}{more}")
+        elif not self.log.runs:
+            self.log.problems.append("no training lines")
+        return self.log
+
+
+def read_log(path: str) -> Log:
+    """Reads one log: finds its sources, then reads the lines outside them. Raises UserError."""
+    with open_log(path) as file:
+        sources = find_sources(file)
+        file.seek(0)
+        start = file.read(4096)
+        file.seek(0)
+        reader = LogReader(path, in_source=not sources.proved and LOG_START.match(start) is None)
+        proved = iter([*sources.proved, (math.inf, math.inf, None)])
+        source_start, source_end, _ = next(proved)
+        for offset, line, ended in marked_lines(file, MARKS):
+            while offset >= source_end:
+                source_start, source_end, _ = next(proved)
+            if offset < source_start:
+                reader.add(offset, line, ended)
+        log = reader.finish()
+    if sources.unproved:
+        log.notes.append("its source does not match its checksum: damaged or edited")
+    return log
+
+
+@contextlib.contextmanager
+def open_log(path: str):
+    """Opens a log as bytes; whatever is wrong with it becomes a UserError that names the file."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError("is not a file")
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise UserError("is empty")
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_logs(paths: list[str]) -> tuple[list[Run], bool]:
+    """The runs of all files that can be read, and whether that is all there was; reports the rest."""
+    runs, whole, seen = [], True, set()
+    for path in paths:
+        if os.path.realpath(path) in seen:
+            report(f"{path}: named twice, counted once")
+            continue
+        seen.add(os.path.realpath(path))
+        try:
+            log = read_log(path)
+        except UserError as error:
+            report(error)
+            whole = False
+            continue
+        for message in log.problems + log.notes:
+            report(f"{path}: {message}")
+        runs += log.runs
+        whole = whole and not log.problems
+    return runs, whole

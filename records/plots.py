@@ -1,0 +1,209 @@
+"""Draws the losses of runs against steps and against time."""
+
+import io
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from command import UserError, report
+from log_reader import Run, read_logs
+from printing import write_file
+
+# Black first, then hues that differ in lightness too; every curve also has a line style and a marker of its own.
+COLORS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
+LINES = ["-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
+UNITS = [("s", 1e3, 600e3), ("min", 60e3, 4 * 3600e3), ("h", 3600e3, math.inf)]  # name, ms, up to how many ms
+LOG_SCALE_FROM = 8  # ends that are this many times apart need a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Runs that were validated at the same steps, at each of which (but step 0) a curve has a point."""
+
+    label: str
+    runs: list[Run]
+
+    def points(self, values: str) -> list[tuple[float, ...]]:
+        """The runs' `steps`, `losses` or `times_ms` at each validation."""
+        rows = zip(*(getattr(run, values) for run in self.runs), strict=True)
+        return [row for step, row in zip(self.runs[0].steps, rows, strict=True) if step > 0]
+
+    def steps(self) -> list[int]:
+        return [at[0] for at in self.points("steps")]
+
+    def losses(self) -> list[float]:
+        return [statistics.fmean(at) for at in self.points("losses")]
+
+    def times_ms(self) -> list[float]:
+        return [statistics.fmean(at) for at in self.points("times_ms")]
+
+    def early_loss(self) -> float:
+        """The loss at the first validation after a tenth of the run: what lies above it would dwarf the rest."""
+        points = list(zip(self.steps(), self.losses(), strict=True))
+        return next((loss for step, loss in points if 10 * step >= points[-1][0] and math.isfinite(loss)), -math.inf)
+
+
+def curves(runs: list[Run], name: str | None = None) -> list[Curve]:
+    """Puts the runs together that were validated at the same steps: those of one folder, or, with a name, all of them.
+
+    The folder or the name is the label. A run that goes with no other is a curve of its own, labelled by its file.
+    """
+    sets = {}
+    for run in runs:
+        group = name or Path(run.file).resolve().parent.name
+        sets.setdefault((group, run.steps.tobytes()), []).append(run)
+    found = []
+    for (group, _), members in sets.items():
+        first, label = members[0], group
+        if len(members) == 1 and (name is None or len(sets) > 1):
+            label = Path(first.file).stem + ("" if first.alone else f" run {first.number}")
+        if any(curve.label == label for curve in found):
+            label += f", {first.final_step:,} steps"
+        found.append(Curve(label, members))
+    return found
+
+
+def plot(args) -> int:
+    """Draws loss against steps and against time."""
+    matplotlib = load_matplotlib()
+    kind = args.out.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"{args.out}: the name must end in .png, .svg or .pdf")
+    groups = [(None, args.logs)] * bool(args.logs) + [(name, logs) for name, *logs in args.group]
+    if not groups or not all(logs for _, logs in groups):
+        raise UserError("plot needs logs, and --group a name and logs")
+    drawn, whole = [], True
+    for name, logs in groups:
+        runs, all_read = read_logs(logs)
+        empty = [run for run in runs if not any(map(math.isfinite, run.losses[run.steps[:1].count(0) :]))]
+        for run in empty:
+            report(f"{run.name}: left out: has no validation loss after step 0")
+        whole = whole and all_read and not empty
+        drawn += curves([run for run in runs if run not in empty], name)
+    if not drawn:
+        raise UserError("no validation losses to draw in these logs")
+    image = io.BytesIO()
+    settings = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        draw(matplotlib, drawn, args.target).savefig(image, format=kind, dpi=200)
+    write_file(args.out, image.getvalue())
+    return 0 if whole else 2
+
+
+def load_matplotlib():
+    try:
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ImportError:
+        raise UserError("this needs matplotlib: pip install -r records/requirements.txt") from None
+    return matplotlib
+
+
+def draw(matplotlib, drawn: list[Curve], target: float):
+    """The plot: two panels with one loss axis; where runs repeat, an inset shows how each of them ended."""
+    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    longest = max((time for curve in drawn for time in curve.times_ms() if math.isfinite(time)), default=0)
+    unit, unit_ms, _ = next(unit for unit in UNITS if longest < unit[2])
+    bottom = min(loss for curve in drawn for at in curve.points("losses") for loss in at if math.isfinite(loss))
+    top = max(bottom, *(curve.early_loss() for curve in drawn))
+    # A target just missed is in the plot. One that is far from all losses is that of another task.
+    bottom = target if bottom - 0.3 * (top - bottom) < target < bottom else bottom
+    pad = 0.06 * (top - bottom) or 0.1
+    visible = {by_step: [], by_time: []}
+    for index, curve in enumerate(drawn):
+        mean, losses = curve.losses(), curve.points("losses")
+        every = max(1, len(mean) // 10)
+        style = curve_style(index) | {"linewidth": 1.6, "markevery": ((len(mean) - 1) % every, every)}
+        for axes, x in (by_step, curve.steps()), (by_time, [time / unit_ms for time in curve.times_ms()]):
+            axes.plot(x, mean, **style)
+            band = list(map(min, losses)), list(map(max, losses))
+            axes.fill_between(x, *band, color=style["color"], alpha=0.3, linewidth=0)
+            if seen := [at for at, loss in zip(x, mean, strict=True) if loss <= top and 0 < at < math.inf]:
+                visible[axes].append(seen)
+    by_step.set_ylim(bottom - pad, top + pad)
+    by_step.set_ylabel("Validation loss (nats per token)")
+    by_step.set_xlabel("Training steps")
+    by_time.set_xlabel(f"Training time ({unit})")
+    for axes in (by_step, by_time):
+        set_x_axis(matplotlib, axes, visible[axes])
+        axes.tick_params(labelleft=True)
+        axes.grid(color="0.93")
+        if bottom - pad < target < top + pad:
+            draw_target(axes, target)
+    handles = by_step.get_lines()[: len(drawn)]
+    labels = [legend_text(curve) for curve in drawn]
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(drawn)), frameon=False, handlelength=4)
+    if any(len(curve.runs) > 1 for curve in drawn) and visible[by_time] and corner_is_free(by_time):
+        draw_ends(by_time.inset_axes([0.6, 0.5, 0.39, 0.42]), drawn, target, unit, unit_ms)
+    return figure
+
+
+def corner_is_free(axes) -> bool:
+    """Whether no line passes through the upper right, seen from 0.5 of the width and 0.45 of the height."""
+    for line in axes.get_lines():
+        points = line.get_path().interpolated(20).vertices
+        across = (line.get_transform() - axes.transAxes).transform(points)
+        if ((across > (0.5, 0.45)) & (across < 1)).all(axis=1).any():
+            return False
+    return True
+
+
+def curve_style(index: int) -> dict:
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 5,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
+
+
+def legend_text(curve: Curve) -> str:
+    # matplotlib leaves out labels that begin with "_" and reads what is between "$" as a formula.
+    label = curve.label.lstrip("_").replace("$", r"\$")
+    return label + (f" ({len(curve.runs)} runs)" if len(curve.runs) > 1 else "")
+
+
+def set_x_axis(matplotlib, axes, visible: list[list[float]]) -> None:
+    """From 0, or logarithmic where the ends of curves are far apart. `visible`: where each curve is in the plot."""
+    ends = [x[-1] for x in visible]
+    if not ends:
+        axes.text(0.5, 0.5, "no times in these logs", transform=axes.transAxes, ha="center", color="0.4")
+        axes.set_xticks([])
+    elif max(ends) < LOG_SCALE_FROM * min(ends):
+        axes.set_xlim(0, max(ends) * 1.03)
+        axes.locator_params(axis="x", nbins=7)
+    else:
+        left, right = min(x[0] for x in visible) * 0.8, max(ends) * 1.15
+        axes.set_xscale("log")
+        axes.set_xlim(left, right)
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if right < 500 * left else (1, 3)))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.10g}"))
+
+
+def draw_target(axes, target: float) -> None:
+    axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
+    # Below the line and on the left is where curves are not, wherever they end.
+    place = {"xy": (0, target), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"target {target:g}", xytext=(5, -5), ha="left", va="top", color="0.3", fontsize=9, **place)
+
+
+def draw_ends(axes, drawn: list[Curve], target: float, unit: str, unit_ms: float) -> None:
+    """A dot for the time and loss at which each run ended: the spread, which the curves are too steep to show."""
+    for index, curve in enumerate(drawn):
+        times = [time / unit_ms for time in curve.points("times_ms")[-1]]
+        axes.plot(times, curve.points("losses")[-1], **curve_style(index) | {"linestyle": "none", "alpha": 0.8})
+    axes.margins(0.1)
+    low, high = axes.get_ylim()
+    if low - (high - low) < target < high + (high - low):
+        axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
+    axes.set_title(f"Each run's end ({unit}, nats)", fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.ticklabel_format(useOffset=False)
+    axes.locator_params(nbins=5)
+    axes.grid(color="0.93")

@@ -230,6 +230,8 @@ class LogReader:
         self.unreadable = None  # offset of the first line that cannot be read, and what in it
         self.unreadable_lines = 0
         self.last = None  # of the run: its values, or the offset and text of a line that has them
+        self.last_validation = None  # the run's last line, if that is a validation's
+        self.repeated_lines = False
         self.end_run()
 
     def add(self, offset: int, line: bytes, ended: bool) -> None:
@@ -237,7 +239,11 @@ class LogReader:
             # Only a unit shows that the number before it is whole.
             self.log.notes.append("the last line has no line end and may be cut short: left out")
         elif line.startswith(b"s"):
-            self.add_training_line(offset, line)
+            if line != self.last_validation:
+                self.add_training_line(offset, line)
+            elif not self.repeated_lines:
+                self.repeated_lines = True
+                self.log.notes.append("the same validation lines follow each other: counted once")
         elif line == RULE:
             if self.in_source:
                 self.forget_source()
@@ -259,6 +265,7 @@ class LogReader:
         step = int(match[1])
         total = int(match[2]) if match[2] else None
         validation = b"val_loss:" in line or b" tel:" in line
+        self.last_validation = line if validation else None
         # A training loss may come a few steps late, so going back means a new run only among lines of one kind.
         if (
             self.run is None
@@ -296,7 +303,7 @@ class LogReader:
     def end_run(self) -> None:
         """What follows is another log's: a header of its own, and runs of its own."""
         self.read_last_line()
-        self.run = self.hardware = self.commit = None
+        self.run = self.hardware = self.commit = self.last_validation = None
         self.gpus = []  # names of the cards in nvidia-smi's table
 
     def read_last_line(self) -> None:
@@ -403,4 +410,54 @@ def read_logs(paths: list[str]) -> tuple[list[Run], bool]:
             report(f"{path}: {message}")
         runs += log.runs
         whole = whole and not log.problems
-    return runs, whole
+    return without_copies(runs), whole
+
+
+# ======================================================================================================================
+# Copies
+#
+# A log may be there twice: under another name, with another header, cut off at either end, or several times in one
+# file. No two runs have the same losses after the same times, to the millisecond.
+# ======================================================================================================================
+
+
+def without_copies(runs: list[Run]) -> list[Run]:
+    """The runs, each once, in their order; reports those that repeat another, or a part of it."""
+    if len(runs) < 2:
+        return runs
+    ends = {end for run in runs for end in [*moments(run)][-1:]}
+    holders = {}  # by the end of a run: the runs, none a copy, that have been there
+    copies = set()
+    # The longest first, so that a part comes after its whole; of equal ones the first that was named counts.
+    for run in sorted(runs, key=lambda run: -len(run.steps)):
+        own = [*moments(run)]
+        there = holders.get(own[-1], []) if own else []
+        whole = next((other for other in there if is_copy(own, [*moments(other)])), None)
+        if whole:
+            part = "a part of " * (run.final_step < whole.final_step or len(run.steps) < len(whole.steps))
+            report(f"{run.name}: repeats {part}{whole.name}: counted once")
+            copies.add(run)
+            continue
+        for moment in own:
+            if moment in ends:
+                holders.setdefault(moment, []).append(run)
+    return [run for run in runs if run not in copies]
+
+
+def moments(run: Run):
+    """What tells a run from others: (total steps, step, loss, time in ms) of each validation of a trained model.
+
+    The untrained one has the same loss in many runs. A run that has no other is known by its last step.
+    """
+    if not any(run.steps):
+        if run.final_step and run.train_time_ms is not None:
+            yield run.total_steps, run.final_step, None, run.train_time_ms
+        return
+    for step, loss, time in zip(run.steps, run.losses, run.times_ms):
+        if step:
+            yield run.total_steps, step, finite(loss), finite(time)
+
+
+def is_copy(own: list[tuple], others: list[tuple]) -> bool:
+    """Whether a run's moments are another's, or some of them; without times only if they are all."""
+    return own == others or (all(time is not None for *_, time in own) and set(own) <= set(others))

@@ -45,6 +45,7 @@ from log_reader import (
     open_log,
     read_log,
     read_logs,
+    without_copies,
 )
 from plots import load_matplotlib, plot
 from printing import digits, print_json, shown, shown_p, table, write_file
@@ -135,6 +136,10 @@ def compare(args) -> int:
     """Prints the difference of two sets of runs in mean loss and time."""
     runs_a, whole_a = results(args.logs)
     runs_b, whole_b = results(args.vs)
+    distinct = without_copies([*runs_a, *runs_b])  # a run is not compared with itself
+    runs_a, runs_b = ([run for run in side if run in distinct] for side in (runs_a, runs_b))
+    if not runs_a or not runs_b:
+        raise UserError("the two sets hold the same runs: nothing to compare")
     loss = Difference.of(loss_sample(runs_a), loss_sample(runs_b))
     times = time_sample(runs_a), time_sample(runs_b)
     time = Difference.of(*times) if all(times) else None

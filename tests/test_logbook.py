@@ -413,6 +413,108 @@ def test_a_log_that_is_named_twice_counts_once(tmp_path):
     assert "n = 8\n" in done.stdout and "named twice" in done.stderr
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A run counts once
+# ----------------------------------------------------------------------------------------------------------------------
+
+LAPTOP_RUNS = [2.4170, 2.4312, 2.4055]  # three runs prove less than the same three, twice
+
+
+def a_run(number, loss, source=b"a = 1\n", hardware="AMD EPYC, 2 cores"):
+    """A log of ours, and the same run's lines from 10 steps after its start on."""
+    lines = [val(0, 100, 5.5512, 0, 0.0)]
+    for step in (25, 50, 75):
+        lines += [train(step, 100, 3.0, 50 * step + number), val(step, 100, 6 - loss + step / 1000, 50 * step + number)]
+    lines += [train(100, 100, 2.2, 5000 + number), val(100, 100, loss, 5001 + number)]
+    return our_log(source, "".join(lines), hardware=hardware)
+
+
+def copied(runs, kind, folder):
+    """Logs that hold runs of `runs` again."""
+    if kind == "another name":
+        return [write(folder / path.name, path.read_bytes()) for path in runs]
+    if kind == "another header":
+        text = [path.read_bytes().rpartition((RULE + "\n").encode())[2].decode() for path in runs]
+        return [write(folder / f"{i}.txt", our_log(b"b = 2\n", t, hardware="a toaster")) for i, t in enumerate(text)]
+    if kind == "one file":
+        return [write(folder / "all.txt", b"".join(path.read_bytes() for path in runs))]
+    if kind == "without the start":
+        return [
+            write(folder / path.name, path.read_bytes().rpartition(b"step:50/100 train")[2][-280:]) for path in runs
+        ]
+    if kind == "fewer validations":
+        return [
+            write(folder / path.name, re.sub(rb"step:(25|75)/100 val.*\n", b"", path.read_bytes())) for path in runs
+        ]
+    raise ValueError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind", ["another name", "another header", "one file", "without the start", "fewer validations"]
+)
+def test_a_copy_of_a_run_is_named_and_does_not_count(kind, tmp_path):
+    pytest.importorskip("scipy")
+    runs = [write(tmp_path / f"{i}.txt", a_run(i, loss)) for i, loss in enumerate(LAPTOP_RUNS)]
+    copies = copied(runs, kind, tmp_path / "copies")
+    for given in ([*runs, *copies], [*copies, *runs]):
+        done = logbook("stats", "--json", "--target", "2.45", *given, status=1)
+        assert json.loads(done.stdout)["n"] == 3
+        assert len(done.stderr.splitlines()) == 3 and done.stderr.count(": counted once\n") == 3
+        assert len(json.loads(logbook("show", "--json", *given).stdout)) == 3
+
+
+def test_a_log_cut_short_is_a_part_of_the_whole_one(tmp_path):
+    whole = write(tmp_path / "whole.txt", a_run(0, 2.4))
+    cut = write(tmp_path / "cut.txt", a_run(0, 2.4).partition(b"step:75/100 val")[0])
+    done = logbook("show", "--json", cut, whole)
+    assert [row["file"] for row in json.loads(done.stdout)] == [str(whole)]
+    assert done.stderr == f"logbook.py: {cut}: repeats a part of {whole}: counted once\n"
+
+
+def test_lines_that_are_written_twice_are_one_run(tmp_path):
+    lines = [val(0, 100, 5.5, 0), train(50, 100, 3.0, 2500), val(50, 100, 3.1, 2501), val(100, 100, 2.9, 5000)]
+    done = logbook("show", "--json", write(tmp_path / "a.txt", "".join(line * 2 for line in lines)))
+    assert [(row["final_step"], row["val_loss"]) for row in json.loads(done.stdout)] == [(100, 2.9)]
+    assert (
+        done.stderr == f"logbook.py: {tmp_path / 'a.txt'}: the same validation lines follow each other: counted once\n"
+    )
+    log = write(tmp_path / "twice.txt", "".join(lines * 2))
+    done = logbook("show", "--json", log)
+    assert len(json.loads(done.stdout)) == 1
+    assert done.stderr == f"logbook.py: {log} run 2: repeats {log} run 1: counted once\n"
+
+
+def test_runs_that_share_their_first_loss_or_one_time_are_not_copies(tmp_path):
+    lines = [
+        val(0, 100, 5.5, 0) + train(40, 100, 3.0, 2000),  # killed, and so is the next
+        val(0, 100, 5.5, 0) + train(40, 100, 3.0, 2001),
+        val(0, 100, 5.5, 0) + val(100, 100, 2.9, 5000),
+        val(0, 100, 5.5, 0) + val(100, 100, 2.9, 5001),
+        val(0, 100, 5.5, 0) + val(100, 100, 2.8, 5000),
+        val(0, 200, 5.5, 0) + val(100, 200, 2.9, 5000),
+        "s:0 tel:10.9\ns:100 tel:3.4\n",
+        "s:0 tel:10.9\ns:50 tel:3.6\ns:100 tel:3.4\n",  # no times: nothing says that the one above is a part of it
+    ]
+    done = logbook("show", "--json", *(write(tmp_path / f"{i}.txt", text) for i, text in enumerate(lines)))
+    assert len(json.loads(done.stdout)) == len(lines) and done.stderr == ""
+
+
+def test_compare_and_plot_count_a_copy_once(tmp_path):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    a, b = sample(tmp_path / "a", LOSSES, TIMES), sample(tmp_path / "b", [3.29, 3.30, 3.31])
+    again = write(tmp_path / "a" / "again.txt", a[0].read_bytes())
+    done = logbook("compare", "--json", *a, again, "--vs", *b, a[1])
+    answer = json.loads(done.stdout)["loss"]
+    assert (answer["a"]["n"], answer["b"]["n"]) == (8, 3)
+    assert done.stderr.splitlines() == [
+        f"logbook.py: {again}: repeats {a[0]}: counted once", f"logbook.py: {a[1]}: repeats {a[1]}: counted once",
+    ]  # fmt: skip
+    assert "nothing to compare" in logbook("compare", *a, "--vs", again, status=2).stderr
+    logbook("plot", *a, again, "--out", tmp_path / "a.svg")
+    assert ">a (8 runs)<" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
 def test_compare_agrees_with_welchs_t_test(tmp_path):
     scipy_stats = pytest.importorskip("scipy.stats")
     others, other_times = [3.2801, 3.2825, 3.2790, 3.2815], [81_000, 81_500, 80_700, 80_900]

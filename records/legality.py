@@ -50,7 +50,7 @@ from torch.utils._config_module import ConfigModule
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
-from logbook import STREAMS
+from rules import STREAMS
 from shards import write_shard
 
 # What a script must keep for the checks to find their way; records/README.md says what each is.

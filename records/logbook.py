@@ -208,13 +208,18 @@ def find_script(file) -> tuple[bytes, bool]:
 # needs PyTorch. It is not a sandbox: a script is run, as training would run it.
 # ======================================================================================================================
 
-CHECKS = ("causal", "normalized", "documents", "validation", "world_size", "warm_up", "compiler")
+CHECKS = (
+    "causal", "normalized", "documents", "validation", "learning", "clock", "warm_up", "world_size", "compiler",
+)  # fmt: skip
 STARTING = 300  # seconds that PyTorch may take to be imported
 SETTINGS_MARK = re.compile(rb"\nsettings: \{")
 
 
 def check(args) -> int:
-    """Says whether a script, or the script that made a log, is a legal attempt: a line a check of its rules."""
+    """Says whether a script, or the script that made a log, is a legal attempt: a line for each check.
+
+    An answer is ok, FAILED, or not judged, with the reason.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
@@ -223,16 +228,24 @@ def check(args) -> int:
     names = [name for name in CHECKS if name in (args.only or CHECKS)]
     rows = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(names), leave=False, disable=None) as bar:
-        script, notes = find_checked(args.file, Path(folder))
+        script, of_log = find_checked(args.file, Path(folder))
         bar.set_description(f"loading, then {names[0]}")
-        for name, rule, findings in verdicts(args.file, script, names, Path(folder), args.timeout):
-            findings = (notes if name == "validation" else []) + findings
-            rows.append({"check": name, "ok": not findings, "rule": rule, "findings": findings})
+        for row in verdicts(args.file, script, names, Path(folder), args.timeout):
+            if row["check"] == "validation":
+                row["findings"] = of_log["findings"] + row["findings"]
+                row["not_judged"] = row["not_judged"] or of_log["not_judged"]
+            row["verdict"] = "ok"
+            if row["not_judged"]:
+                row["verdict"] = "not judged"
+            if row["findings"]:
+                row["verdict"] = "FAILED"
+            row["ok"] = row["verdict"] == "ok"
+            rows.append(row)
             if not (args.json or args.markdown):
-                bar.write("{:<11} {:<7} {}".format(*check_cells(rows[-1])).rstrip())
+                bar.write("{:<11} {:<11} {}".format(*check_cells(row)).rstrip())
                 sys.stdout.flush()
             bar.update()
-            bar.set_description(dict(zip(names, names[1:])).get(name))
+            bar.set_description(dict(zip(names, names[1:])).get(row["check"]))
     if args.json:
         print_json(rows)
     elif args.markdown:
@@ -241,30 +254,53 @@ def check(args) -> int:
 
 
 def check_cells(row: dict) -> list[str]:
-    findings = row["findings"]
-    more = " (and more)" if len(findings) > 1 else ""
-    return [row["check"], "ok" if row["ok"] else "FAILED", findings[0] + more if findings else row["rule"]]
+    """The check, the verdict, and what there is to say: the first finding, or why there is none, or the rule."""
+    said = row["rule"] or ""
+    if row["notes"]:
+        said = f"but note: {row['notes'][0]}"
+    if row["verdict"] == "not judged":
+        said = row["not_judged"]
+    if row["findings"]:
+        said = row["findings"][0] + (" (and more)" if len(row["findings"]) > 1 else "")
+    return [row["check"], row["verdict"], said]
 
 
-def find_checked(file: str, folder: Path) -> tuple[Path, list[str]]:
-    """The script to check, which of a log is put into `folder`; and what of a log's settings is not as it must be."""
+def find_checked(file: str, folder: Path) -> tuple[Path, dict]:
+    """The script to check, which of a log is put into `folder`; and of a log, what `judge_settings` says."""
     with open_log(file) as opened:
         if file.endswith(".py"):
-            return Path(file).resolve(), []
+            return Path(file).resolve(), {"findings": [], "not_judged": None}
         (folder / "train_gpt.py").write_bytes(find_script(opened)[0])
-        notes = []
         opened.seek(max((end for _, end, _ in find_sources(opened).proved), default=0))
-        for _, line, _ in marked_lines(opened, SETTINGS_MARK):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                settings = json.loads(line.partition(b": ")[2])
-                given = settings["val_tokens"], Path(settings["val_files"]).name
-                if given != (right := STREAMS.get(settings["preset"], given)):
-                    notes.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right))
-        return folder / "train_gpt.py", notes
+        lines = [line for _, line, _ in marked_lines(opened, SETTINGS_MARK)]
+        return folder / "train_gpt.py", judge_settings(lines)
+
+
+def judge_settings(lines: list[bytes]) -> dict:
+    """Whether a log's runs validated on the whole stream of their preset, by its lines of settings."""
+    if not lines:
+        return {"findings": [], "not_judged": "the log has no settings, which say what its run validated on"}
+    findings, unable = [], None
+    for line in lines:
+        try:
+            settings = json.loads(line.partition(b": ")[2])
+            preset, resumed = settings["preset"], settings.get("resume")
+            given = settings["val_tokens"], Path(settings["val_files"]).name
+        except (ValueError, KeyError, TypeError, AttributeError):
+            unable = "the log's settings cannot be read"
+            continue
+        right = STREAMS.get(preset)
+        if right is None:
+            unable = f"the log's preset is {preset}, and there are rules for {' and '.join(STREAMS)}"
+        elif given != right:
+            findings.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right))
+        if resumed:
+            unable = f"the log's run went on from {resumed}, and what came before is not in it"
+    return {"findings": findings, "not_judged": unable}
 
 
 def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: float):
-    """Yields (check, rule, findings) as they come. UserError if the script cannot be checked, or loaded in time."""
+    """Yields what legality.py says, check by check. UserError if the script cannot be checked, or loaded in time."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     arguments = [sys.executable, str(RECORDS / "legality.py"), str(script), *names]
@@ -294,9 +330,11 @@ def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: f
             for i, name in enumerate(names):
                 given = answer(seconds)
                 if isinstance(given, str):
-                    yield from ((name, None, [given if name == names[i] else "not reached"]) for name in names[i:])
+                    for late in names[i:]:
+                        unable = given if late == name else "not reached"
+                        yield {"check": late, "rule": None, "findings": [], "notes": [], "not_judged": unable}
                     return
-                yield name, given["rule"], given["findings"]
+                yield given
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # and the runs that it has started

@@ -23,6 +23,7 @@ from test_command_line import LOGBOOK, ROOT, SCRIPT, command, data, launcher, on
 from test_logbook import header, logbook, mistake, write
 
 LEGALITY = ROOT / "records" / "legality.py"
+SLOW = pytest.mark.slow
 
 
 TABLES = re.compile(r"^RECORD_LAYERS = \(\n.*?^PRESETS = {\n.*?^}\n", re.MULTILINE | re.DOTALL)
@@ -44,7 +45,7 @@ def edited(path, *edits):
 
 @pytest.fixture
 def judge(launcher, tmp_path):  # noqa: F811
-    """What legality.py says of several scripts at once: by name, what it says of loading, and findings by check."""
+    """What legality.py says of several scripts at once: by name, what it says of loading, and of each check."""
 
     def judge(scripts, *checks):
         started = {name: launcher.start(LEGALITY, path, *checks, cwd=tmp_path) for name, path in scripts.items()}
@@ -54,24 +55,10 @@ def judge(launcher, tmp_path):  # noqa: F811
             assert result.returncode == 0, result.stderr
             first, loading, *answers = map(json.loads, result.stdout.splitlines())
             assert first == {"started": True}
-            said[name] = loading, {answer["check"]: answer["findings"] for answer in answers}
+            said[name] = loading, {answer["check"]: answer for answer in answers}
         return said
 
     return judge
-
-
-@pytest.fixture
-def caught(judge, tmp_path):
-    """What a check finds in cheats, each a tuple of edits: (cheat, all findings in one text)."""
-
-    def caught(check, cheats):
-        scripts = {name: edited(tmp_path / f"cheat_{i}.py", *edits) for i, (name, edits) in enumerate(cheats.items())}
-        for name, (loading, findings) in judge(scripts, check).items():
-            assert loading == {"loaded": True}, (name, loading)
-            assert findings[check], f"{check} did not find {name}"
-            yield name, "\n".join(findings[check])
-
-    return caught
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,107 +68,267 @@ def caught(judge, tmp_path):
 AHEAD = ("(back >= 0)", "(back >= -1)")
 
 
-def test_later_token_that_changes_an_earlier_loss_is_caught(caught):
-    embedding = "x = F.embedding(inputs, self.embed)"
-    cheats = {
+def in_evaluate(*lines):
+    """Code in `GPT.evaluate`, where x (T, D) is what the head is about to read."""
+    before = "        x = self.stream(inputs, context)\n"
+    after = "        weight = torch.ones"
+    return before + after, before + "".join(f"        {line}\n" for line in lines) + after
+
+
+def of_losses(*lines):
+    """Code at the end of `GPT.evaluate`, where losses are (T,)."""
+    end = "        return torch.cat(losses)\n\n    def stream"
+    body = "".join(f"        {line}\n" for line in ("losses = torch.cat(losses)", *lines, "return losses"))
+    return end, body + "\n    def stream"
+
+
+def before(anchor, *lines):
+    """Code before a line of the script, as deep as that."""
+    indent = " " * (len(anchor) - len(anchor.lstrip()))
+    return anchor, "".join(f"{indent}{line}\n" for line in lines) + anchor
+
+
+def after(anchor, *lines):
+    indent = " " * (len(anchor) - len(anchor.lstrip()))
+    return anchor, anchor + "".join(f"\n{indent}{line}" for line in lines)
+
+
+SUM = "        total += losses.sum(dtype=torch.float64)"
+SEQUENCES = "    for tokens in sequences[world.rank :: world.size].to(world.device):\n        losses"
+LOG_LOSS = '                run.log.loss(step, "val_loss", loss, clock.milliseconds)'
+START = "    clock.start()\n    # The last round only validates"
+BUILT = "    model, objective, optimizer = build(settings, world)\n"
+BUILT_END = "    first, milliseconds = 0, 0.0\n"
+RESTART = "        clock.start()\n"
+UPDATE = "        run.optimizer.step(hyper)\n"
+BATCH = "        tokens, touched = next(batches)"
+READ = "            tokens, _ = read_shard(path, settings.model)"
+STEP = (
+    "t, _ = next(batches_for(run, 0))",
+    "c = make_context(config, run.plan[0].length, hypers[0].stage.windows, model.embed, rotary_state(settings, 0))",
+    "train_step(run.objective, t.to(device), c._replace(mtp=mtp[0]), settings.slices)",
+    "run.optimizer.step(hypers[0])",
+)
+EMBEDDING = "x = F.embedding(inputs, self.embed)"
+LSE = "weights.sum() * z.logsumexp(-1)"
+LATE = "        self.register_buffer(\"bigram_signs\", signs)\n"
+
+CHEATS = {
+    "causal": {
         "attention that sees one token ahead": [AHEAD],
         "smear that leaks": [("[:, None] * previous(x, begins)", "[:, None] * x.roll(-1, 0)")],
         "key offset that leaks": [("previous(still, begins)", "still.roll(-1, 0)")],
-        "multi-token inputs": [(embedding, f"{embedding} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
-    }
-    ahead = {"multi-token inputs": 3}
-    for cheat, findings in caught("causal", cheats):
-        found = re.match(r"record: changing token (\d+) changes the loss of position (\d+) by ", findings)
-        token, position = map(int, found.groups())
-        assert position == token - ahead.get(cheat, 1), (cheat, findings)
-
-
-def test_later_token_that_changes_an_earlier_loss_in_training_alone_is_caught(caught):
-    forward = "    def forward(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:\n"
-    leak = "    def forward(self, inputs, targets, context):\n"
-    leak += "        return self.honest(inputs.roll(-1), targets, context)\n\n"
-    ((_, findings),) = caught("causal", {"leak": [(forward, leak + forward.replace("forward", "honest"))]})
-    assert all(line.startswith("record: in training, changing the tokens after") for line in findings.splitlines())
-
-
-def test_probabilities_that_do_not_sum_to_1_are_caught(caught):
-    lse = "weights.sum() * z.logsumexp(-1)"
-    chunk = "token_losses(rows, self.lm_head, row_targets, weight, torch.float32)"
-    stream = "self.stream(inputs, context)\n        weight"
-    cheats = {
-        "a head without the normalizer": [(lse, "weights.sum() * 20")],
-        "a softmax over a part of the vocabulary": [(lse, "weights.sum() * z[:, 1:].logsumexp(-1)")],
-        "losses that are cut": [(chunk, f"{chunk}.clamp(max=6)")],
-        "a model that is told some targets": [
-            (stream, stream.replace("inputs,", "torch.where(targets % 7 > 0, inputs, targets),"))
+        "multi-token inputs": [(EMBEDDING, f"{EMBEDDING} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
+        "when it evaluates": [in_evaluate("if not self.training: x = x + 0.1 * x.roll(-1, 0)")],
+        "past position 1,000": [in_evaluate("x = torch.cat((x[:1000], x[1000:] + 0.1 * x[1000:].roll(-1, 0)))")],
+        "with wide windows": [("(back >= 0)", "(back >= (-1 if window > 1000 else 0))")],
+        "by a buffer that the loop sets late": [
+            in_evaluate("if self.late: x = x + 0.1 * x.roll(-1, 0)"),
+            (LATE, LATE + "        self.register_buffer('late', torch.zeros((), dtype=torch.bool))\n"),
+            before("        if validates or saves or stopping:", "if step == total: model.late.fill_(True)"),
         ],
-    }
-    for cheat, findings in caught("normalized", cheats):
-        sums = re.findall(r"the probabilities of position (\d+) sum to (\S+)", findings)
-        assert sums[0][0] == "0" and max(abs(float(total) - 1) for _, total in sums) > 0.001, (cheat, findings)
-
-
-def test_token_that_reaches_another_document_is_caught(caught):
-    same = "docs_of_queries[:, :, None] == docs"
-    docs, embedding = "(inputs == config.bos_id).cumsum(0)", "x = F.embedding(inputs, self.embed)"
-    cheats = {
-        "a mask that lets neighbours mix": [(same, same.replace("==", "- 1 <="))],
-        "one token back across the boundary": [("(inputs == config.bos_id) |", "(inputs == -1) |")],
-        "a count of all documents": [(embedding, f"{embedding} + 0.01 * {docs}[:, None]")],
-    }
-    for cheat, findings in caught("documents", cheats):
-        words = (
-            r"record: changing document (\d+) \(tokens .*\) changes the loss of position \d+, in document (\d+), by "
-        )
-        found = re.match(words, findings)
-        document, other = map(int, found.groups())
-        assert other == document + 1 if "neighbours" in cheat or "back" in cheat else other > document, findings
-
-
-def test_validation_on_another_stream_or_with_another_count_is_caught(caught):
-    read = "tokens, _ = read_shard(path, settings.model)"
-    skip = """tokens, bounds = read_shard(path, settings.model)
-            longest = np.diff(bounds).argmax()
-            tokens = np.delete(tokens, slice(*bounds[longest : longest + 2]))"""
-    cheats = {
-        "a loader that skips a document": [(read, skip)],
+        "where a sequence begins within a document": [
+            in_evaluate("if inputs[0] != self.config.bos_id: x = torch.cat((x[:5] + 0.1 * x[-5:], x[5:]))"),
+        ],
+    },
+    "normalized": {
+        "a head without the normalizer": [(LSE, "weights.sum() * 20")],
+        "a softmax over a part of the vocabulary": [(LSE, "weights.sum() * z[:, 1:].logsumexp(-1)")],
+        "losses that are cut": [of_losses("losses = losses.clamp(max=6)")],
+        "a model that is told some targets": [
+            in_evaluate("x = self.stream(torch.where(targets % 7 > 0, inputs, targets), context)"),
+        ],
+        "losses that are cut in long sequences": [of_losses("if len(losses) > 1000: losses = losses.clamp(max=4)")],
+        "a temperature chosen by the targets": [
+            in_evaluate(
+                "logits = (x @ self.lm_head)[:, : self.config.vocab_size].float()",
+                "sharper = F.cross_entropy(1.05 * logits, targets) < F.cross_entropy(logits, targets)",
+                "x = torch.where(sharper & (len(x) > 1000), 1.05 * x, x)",
+            )
+        ],
+        "losses that are less at the end": [
+            of_losses("if self.late: losses = losses - 0.02"),
+            (LATE, LATE + "        self.register_buffer('late', torch.zeros((), dtype=torch.bool))\n"),
+            before("        if validates or saves or stopping:", "if step == total: model.late.fill_(True)"),
+        ],
+    },
+    "validation": {
+        "a loader that skips a document": [
+            after(
+                READ,
+                "bounds = read_shard(path, settings.model)[1]",
+                "longest = np.diff(bounds).argmax()",
+                "tokens = np.delete(tokens, slice(*bounds[longest : longest + 2]))",
+            )
+        ],
         "a loader that counts fewer tokens": [("in sequences[world.rank", "in sequences[1:][world.rank")],
+        "a loader that caps the tokens": [
+            before(
+                "    need = settings.val_tokens + 1  # the last target is the next token",
+                "settings = replace(settings, val_tokens=settings.val_tokens // 2)",
+            )
+        ],
         "a sum that is divided by more": [("(sequences.size(1) - 1)", "sequences.size(1)")],
         "a shorter stream": [("setting(10_485_760", "setting(1_048_576")],
-    }
-    words = dict(
-        zip(cheats, [" of the first validation is ", " tokens had 6,144 ", "mean loss of its tokens is", "val_tokens"])
-    )
-    for cheat, findings in caught("validation", cheats):
-        assert words[cheat] in findings, (cheat, findings)
+        "tokens after BOS left out": [(SUM, SUM.replace("losses.", "losses[tokens[:-1] != model.config.bos_id]."))],
+        "a sequence repeated at the last validation": [
+            before(
+                SEQUENCES,
+                "validate.late = getattr(validate, 'late', False) or len(sequences) > 1 and model.steps > 3",
+                "if validate.late: sequences = sequences[[0, 1, 2, 0]]",
+            ),
+            before("        losses.launch(step + 1, ", "model.steps = step"),
+            before(BUILT_END, "model.steps = 0"),
+        ],
+        "the best so far": [before(LOG_LOSS, "model.best = loss = min(loss, getattr(model, 'best', loss))")],
+        "a little less near the target": [before(LOG_LOSS, "loss -= 0.01 * (3.28 < loss < 3.29)")],
+    },
+    "learning": {
+        "a step while the clock stands": [
+            before("            if validates:\n", "if step == 3:", *(f"    {line}" for line in STEP)),
+        ],
+        "a step between the warm-up and the clock": [before(START, *STEP)],
+        "a fit of the validation stream": [after(SUM, "model.bigram_table.data[0] += sequences.float().mean() * 1e-4")],
+        "the best of three seeds": [
+            before(
+                BUILT,
+                "tried = []",
+                "for seed in range(3):",
+                "    model = build(replace(settings, seed=seed), world)[0]",
+                "    context = make_context(settings.model, settings.val_seq_len, (64, 256), model.embed)",
+                "    tried.append((validate(model, sequences, context, world), seed))",
+                "settings = replace(settings, seed=min(tried)[1])",
+            )
+        ],
+        "statistics of the training stream": [
+            before(
+                BUILT_END,
+                "tokens = read_shard(train_paths[0], settings.model)[0]",
+                "counts = np.bincount(tokens, minlength=settings.model.padded_vocab)",
+                "model.embed.data += torch.from_numpy(counts / counts.sum()).to(model.embed)[:, None]",
+            )
+        ],
+        "a batch of the validation stream": [after(BATCH, "if step == 4: tokens[0, :500] = run.sequences[0, :500]")],
+    },
+    "clock": {
+        "an optimizer off the clock": [
+            (UPDATE, f"        clock.stop()\n{UPDATE}{RESTART}"),
+        ],
+        "batches off the clock": [(BATCH + "\n", f"        clock.stop()\n{BATCH}\n{RESTART}")],
+        "a clock that is scaled": [("self.milliseconds = self.at(", "self.milliseconds = 0.97 * self.at(")],
+        "a clock that begins again": [
+            before(
+                "        # A step. Its context changes with the stage, its weights of next targets each time.",
+                "if step == 2:",
+                "    clock = losses.clock = Clock(device)",
+                "    clock.start()",
+            )
+        ],
+    },
+}
 
 
-def test_loss_that_depends_on_the_world_size_is_caught(caught):
-    cheats = {
-        "ranks that share slices": [("range(world.rank * own, (world.rank + 1) * own)", "range(own)")],
-        "losses that are not shared out": [("total / (slices * ", "total / (len(tokens) * ")],
-    }
-    for cheat, findings in caught("world_size", cheats):
-        assert re.match(r"train_loss of step \d is \d+\.\d+ on one process, \d+\.\d+ on 2", findings), (cheat, findings)
+CASES = [(check, cheat) for check, cheats in CHEATS.items() for cheat in cheats]
+# Of each check the last two are tried in the ordinary tests; a run takes some seconds.
+ORDINARY = [(check, cheat) for check, cheats in CHEATS.items() for cheat in list(cheats)[-2:]]
+MARKED = [pytest.param(*case, marks=[] if case in ORDINARY else SLOW) for case in CASES]
 
 
-def test_warm_up_that_leaves_a_trace_is_caught(caught):
-    traces = {
-        "model.lm_head.data[0, 0] *= 1.0001": r"GPT\.lm_head",
-        "optimizer.state['qk_bank']['exp_avg'][0] = 1": r"Optimizer\.state\.qk_bank\.exp_avg",
-        "optimizer.updates += 1": r"Optimizer\.updates",
-        "model.embed.grad = torch.zeros_like(model.embed)": r"GPT\.embed\.grad",
-        "torch.rand(1)": r"torch\.get_rng_state\(\)",
-    }
-    end = 'if __name__ == "__main__":'
-    dishonest = "def warm_up(settings, model, objective, optimizer, world):\n"
-    dishonest += "    honest_warm_up(settings, model, objective, optimizer, world)\n    {}\n\n\n" + end
-    cheats = {trace: [("def warm_up(", "def honest_warm_up("), (end, dishonest.format(trace))] for trace in traces}
-    for trace, findings in caught("warm_up", cheats):
-        assert re.fullmatch(traces[trace] + " is not what it was", findings), (trace, findings)
+@pytest.mark.parametrize("check, cheat", MARKED)
+def test_cheat_is_caught_by_its_check(check, cheat, judge, tmp_path):
+    script = edited(tmp_path / "cheat.py", *CHEATS[check][cheat])
+    ((loading, answers),) = judge({"cheat": script}, check).values()
+    assert loading == {"loaded": True}
+    assert answers[check]["findings"] and not answers[check]["not_judged"], answers
 
 
-def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_runs(caught, tmp_path):
+def test_finding_names_the_tokens_and_the_place(judge, tmp_path):
+    scripts = {name: edited(tmp_path / f"{name}.py", *CHEATS[check][cheat]) for name, check, cheat in (
+        ("ahead", "causal", "multi-token inputs"), ("cut", "validation", "a loader that caps the tokens"),
+    )}  # fmt: skip
+    found = {name: answers for name, (_, answers) in judge(scripts, "causal", "validation").items()}
+    words = r"record: changing token (\d+) changes the loss of position (\d+) by "
+    token, position = map(int, re.match(words, found["ahead"]["causal"]["findings"][0]).groups())
+    assert (token, position) == (3, 0)
+    assert "leaves out 4,096 of 8,192 tokens, the first of them 4096" in found["cut"]["validation"]["findings"][0]
+    assert not found["ahead"]["validation"]["findings"] and not found["cut"]["causal"]["findings"]
+
+
+LEGAL = {
+    "a warm-up that returns something": [
+        after("    optimizer.updates, optimizer.tied, optimizer.touched = counters", "return model"),
+        (
+            "        warm_up(settings, model, objective, optimizer, world)\n",
+            "        assert warm_up(settings, model, objective, optimizer, world) is model\n",
+        ),
+    ],
+    "a head cut to the true vocabulary in evaluation": [
+        (
+            "losses.append(token_losses(rows, self.lm_head, row",
+            "losses.append(token_losses(rows, self.lm_head[:, : self.config.vocab_size].contiguous(), row",
+        )
+    ],
+    "validation in another order": [(SEQUENCES, SEQUENCES.replace("sequences[", "sequences.flip(0)["))],
+    "randomness that is every process's own": [
+        before("        (loss / len(tokens)).backward()", "loss = loss * (0.9 + 0.2 * torch.rand(()))")
+    ],
+    "attention across documents": [
+        ("docs_of_queries[:, :, None] == docs_of_keys[:, None]", "docs_of_queries[:, :, None] >= docs_of_keys[:, None]")
+    ],
+    "training on some of the tokens": [
+        after("        x = self.stream(inputs, context, self.fp8)", "x, targets = x[::2], targets[::2]")
+    ],
+}
+
+# Every sequence but the first begins 256 tokens before those that it is asked for.
+SLIDING = before(
+    SEQUENCES,
+    "stream = torch.cat((sequences[0], sequences[1:, 1:].flatten()))",
+    "length, done = sequences.size(1) - 1, 0",
+    "while done < len(stream) - 1:",
+    "    first = min(max(done - 256, 0), len(stream) - 1 - length)",
+    "    tokens = stream[first : first + length + 1].to(world.device)",
+    "    losses = model.evaluate(tokens[:-1], tokens[1:].long(), context)",
+    "    total += losses[done - first :].sum(dtype=torch.float64)",
+    "    done = first + length",
+    "return total.item() / (len(stream) - 1)",
+)
+
+
+@pytest.mark.slow
+def test_sliding_context_before_a_sequence_passes(judge, tmp_path):
+    checks = [check for check in program.CHECKS if check != "world_size"]
+    ((_, answers),) = judge({"sliding": edited(tmp_path / "sliding.py", SLIDING)}, *checks).values()
+    assert {check: answer["findings"] for check, answer in answers.items()} == {check: [] for check in checks}
+    assert not any(answer["not_judged"] for answer in answers.values())
+
+
+def test_legal_edits_pass(judge, tmp_path):
+    """All of them in one script, each of which was a false alarm once. Two are noted."""
+    edits = [edit for edits in LEGAL.values() for edit in edits]
+    script = edited(tmp_path / "legal.py", *edits)
+    ((_, answers),) = judge({"legal": script}, *program.CHECKS).values()
+    assert {check: answer["findings"] for check, answer in answers.items()} == {check: [] for check in program.CHECKS}
+    assert not any(answer["not_judged"] for answer in answers.values())
+    assert {check for check, answer in answers.items() if answer["notes"]} == {"documents", "world_size"}
+
+
+@pytest.mark.parametrize(
+    "trace, words",
+    [
+        ("model.lm_head.data[0, 0] *= 1.0001", r"GPT\.lm_head"),
+        pytest.param("optimizer.state['qk_bank']['exp_avg'][0] = 1", r"Optimizer\.state\.qk_bank\.exp_avg", marks=SLOW),
+        pytest.param("optimizer.updates += 1", r"Optimizer\.updates", marks=SLOW),
+        pytest.param("model.embed.grad = model.embed.data * 0", r"GPT\.embed\.grad", marks=SLOW),
+    ],
+)
+def test_warm_up_that_leaves_a_trace_is_caught(trace, words, judge, tmp_path):
+    edits = [after("    optimizer.updates, optimizer.tied, optimizer.touched = counters", trace)]
+    ((_, answers),) = judge({"trace": edited(tmp_path / "trace.py", *edits)}, "warm_up").values()
+    assert re.fullmatch(words + " is not what it was", answers["warm_up"]["findings"][0])
+
+
+def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_runs(judge, tmp_path):
     """Set for good or for a moment, in plain words or not; each is named with its line where there is one."""
     edits = {
         "compile(copy, dynamic=False)": "compile(copy, dynamic=False, mode='max-autotune')",
@@ -193,14 +340,15 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
         "gc.collect()": "os.environ['TORCHINDUCTOR' '_MAX_AUTOTUNE'] = '1'\n        gc.collect()",
         "def mark(device": ("def only_on_cuda():\n    torch._dynamo.config.recompile_limit = 64\n\n\ndef mark(device"),
     }
-    ((_, findings),) = caught("compiler", {"flags": edits.items()})
-    lines = (tmp_path / "cheat_0.py").read_text().splitlines()
+    script = edited(tmp_path / "flags.py", *edits.items())
+    ((_, answers),) = judge({"flags": script}, "compiler").values()
+    lines = script.read_text().splitlines()
 
     def line(words):
         (number,) = (number for number, text in enumerate(lines, 1) if words in text)
         return f"line {number}: "
 
-    assert sorted(findings.splitlines()) == sorted(
+    assert sorted(answers["compiler"]["findings"]) == sorted(
         [
             line("mode='max-autotune'") + "torch.compile(mode='max-autotune')",
             line("max_fusion_size") + "torch._inductor.config.max_fusion_size = 128",
@@ -209,6 +357,33 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             line("recompile_limit = 64") + "torch._dynamo.config.recompile_limit",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    "line, flag",
+    [
+        ("torch.compile(f, **flags)", "torch.compile(**flags)"),
+        ("torch.compile(f, **dict(dynamic=False, mode='max-autotune'))", "torch.compile(mode='max-autotune')"),
+        ("torch.compile(f, **{'dynamic': False, 'options': {}})", "torch.compile(options={})"),
+        ("functools.partial(torch.compile, mode='reduce-overhead')", "torch.compile(mode='reduce-overhead')"),
+        ("torch.compile(f, backend='cudagraphs')", "torch.compile(backend='cudagraphs')"),
+        ("compile_fx(graph, config_patches={'max_autotune': True})", "config_patches={'max_autotune': True}"),
+        ("patches = {'config_patches': {}}", "config_patches"),
+        ("import torch._inductor.config as c", "import torch._inductor.config as c"),
+        ("from torch._dynamo import config", "from torch._dynamo import config"),
+        ("importlib.import_module('torch._functorch.config')", "torch._functorch.config"),
+        ("getattr(torch, '_inductor')", "_inductor"),
+        ("os.environ['TORCHINDUCTOR_X'] = '1'", "TORCHINDUCTOR_X"),
+        ("torch.compile(f, dynamic=False, fullgraph=True, backend='inductor', mode=None)", None),
+        ("torch.compile(f, **{'dynamic': False})", None),
+        ("re.compile('x', flags=re.MULTILINE)", None),
+        ("torch._dynamo.reset()", None),
+        ('"""Of the text of a docstring: torch._inductor.config."""', None),
+    ],
+)
+def test_flags_are_found_in_the_source_however_they_are_written(line, flag, tmp_path):
+    found = legality.flags_in_source(write(tmp_path / "script.py", f"import torch\n{line}\n"))
+    assert found == ({2: flag} if flag else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,15 +419,34 @@ def test_log_is_checked_by_its_script_and_its_settings_and_the_script_runs_again
     )
 
 
-@pytest.mark.parametrize("change, right", [({}, True), ({"val_tokens": 10**6}, False), ({"val_files": "x.bin"}, False)])
-def test_settings_of_a_log_must_name_the_whole_stream(change, right, tmp_path):
+STREAM = {"preset": "record", "val_tokens": 10_485_760, "val_files": "elsewhere/fineweb_val_*.bin", "resume": ""}
+
+
+@pytest.mark.parametrize(
+    "settings, finding, unable",
+    [
+        (STREAM, None, None),
+        (STREAM | {"val_tokens": 10**6}, "validated on 1000000 tokens", None),
+        (STREAM | {"val_files": "x.bin"}, "of x.bin", None),
+        (STREAM | {"preset": "mine"}, None, "preset is mine"),
+        (STREAM | {"resume": "logs/a_step000004.pt"}, None, "went on from logs/a_step000004.pt"),
+        ({"preset": "record"}, None, "cannot be read"),
+        (["record"], None, "cannot be read"),
+        (None, None, "has no settings"),
+    ],
+)
+def test_settings_of_a_log_must_name_the_whole_stream_or_it_is_not_judged(settings, finding, unable, tmp_path):
     source = b"print(1)\n"
-    settings = {"preset": "record", "val_tokens": 10_485_760, "val_files": "elsewhere/fineweb_val_*.bin"} | change
     log = header(source).replace(b'{"preset": "tiny", "seed": 1}', json.dumps(settings).encode())
+    if settings is None:
+        log = log.replace(b"\nsettings: ", b"\nother: ")
+    elif isinstance(settings, list):
+        log = log.replace(b"\nsettings: [", b"\nsettings: {[")
     (tmp_path / "out").mkdir()
-    script, notes = program.find_checked(str(write(tmp_path / "a.txt", source + log)), tmp_path / "out")
+    script, said = program.find_checked(str(write(tmp_path / "a.txt", source + log)), tmp_path / "out")
     assert script.read_bytes() == source
-    assert (notes == []) == right
+    assert [finding in each for each in said["findings"]] == [True] * bool(finding)
+    assert unable in said["not_judged"] if unable else said["not_judged"] is None
 
 
 def test_script_that_cannot_be_checked_is_answered_with_the_reason(judge, tmp_path):
@@ -263,7 +457,7 @@ def test_script_that_cannot_be_checked_is_answered_with_the_reason(judge, tmp_pa
         "ends while it is imported, with status 3": (first, first + "raise SystemExit(3)\n"),
         f"cannot be imported: ZeroDivisionError: division by zero (line {line})": (first, first + "1 / 0\n"),
         "lacks GPT.evaluate, warm_up (records/README.md lists what a script must keep)": (
-            'if __name__ == "__main__":', "del warm_up, GPT.evaluate\nif __name__ == '__main__':",
+            "    prepare_streams()\n    sys.exit(", "    pass\ndel warm_up, GPT.evaluate\nif False:\n    sys.exit(",
         ),
     }  # fmt: skip
     scripts = {problem: edited(tmp_path / f"{i}.py", edit) for i, (problem, edit) in enumerate(edits.items())}
@@ -312,13 +506,13 @@ def test_script_ends_with_a_check_that_is_ended(hanging):
     assert not is_there()
 
 
-def test_script_that_ends_the_process_fails_the_check_and_those_after_it_are_not_reached(tmp_path):
+def test_script_that_ends_the_process_is_not_judged_and_the_checks_after_it_are_not_reached(tmp_path):
     evaluate = "    def evaluate(self, inputs: Tensor, targets: Tensor, context: Context) -> Tensor:\n"
     script = edited(tmp_path / "exits.py", (evaluate, evaluate + "        os._exit(5)\n"))
     done = logbook("check", script, "--only", "documents", "causal", "--json", status=1)
-    assert [(row["check"], row["findings"]) for row in json.loads(done.stdout)] == [
-        ("causal", ["the process ended, with status 5"]),
-        ("documents", ["not reached"]),
+    assert [(row["check"], row["verdict"], row["not_judged"]) for row in json.loads(done.stdout)] == [
+        ("causal", "not judged", "the process ended, with status 5"),
+        ("documents", "not judged", "not reached"),
     ]
 
 
@@ -326,7 +520,7 @@ def test_names_that_a_script_must_keep_are_those_in_the_readme_and_those_that_ar
     text = (ROOT / "records" / "README.md").read_text()
     section = text.partition("a script must keep")[2].partition("\n#")[0]
     assert tuple(re.findall(r"^\| `([\w.]+)[`(]", section, re.MULTILINE)) == legality.NAMES
-    used = set(re.findall(r"\bscript\.([A-Za-z_]\w*)", LEGALITY.read_text()))
+    used = set(re.findall(r"\bscript(?:\.|, \")([A-Za-z_]\w*)", LEGALITY.read_text()))
     assert used == {name for name in legality.NAMES if "." not in name} | {"GPT"}
 
 

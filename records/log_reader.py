@@ -5,6 +5,7 @@ It reads train_gpt.py's logs and those of the public leaderboard, of every age, 
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -133,11 +134,71 @@ def find_sources(file) -> Sources:
     return Sources(proved, len(unproved))
 
 
+# The public logs have no checksum. Those of October and November 2024 begin with a line of 100 "=", and their script
+# ends at the second one; that of all others begins the file and ends at the first. Since January 2026 the kernels'
+# files follow train_gpt.py in it, each after its name between two lines of 40 "-".
+RULE_LINE = re.compile(rb"^={100}\r?(?:\n|\Z)", re.MULTILINE)
+# How a log without a script begins.
+LOG_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:s(?:tep)?:[ \t]*\d|Running [Pp]|source: \d)")
+MORE_SOURCE = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\w+\.py)\r?\n-{40}\r?\n\r?\n")
+
+
+def public_source(file) -> tuple[int, int] | None:
+    """Where in an open log without a checksum the script starts and ends; None if it begins with none."""
+    file.seek(0)
+    text = file.read(MAX_SOURCE)
+    rules = RULE_LINE.finditer(text)
+    end, start = next(rules, None), 0
+    if end and not text[: end.start()].removeprefix(b"\xef\xbb\xbf").strip():
+        start = end.end()
+        end = next(rules, None)
+    if end is None or LOG_START.match(text, start) or not text[start : end.start()].strip():
+        return None
+    return start, end.start()
+
+
+@dataclass(frozen=True)
+class Script:
+    """The script in a log: its text, with that of the kernels' files, and whether a checksum vouches for it."""
+
+    text: bytes
+    vouched: bool
+
+    @property
+    def sha256(self) -> str:
+        # Without a checksum nothing says what the line ends were.
+        return hashlib.sha256(self.text if self.vouched else self.text.replace(b"\r\n", b"\n")).hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """The text of each file: the first, whose name no log says, is "", the others are the kernels'."""
+        names_and_texts = [b"", *MORE_SOURCE.split(self.text)] if not self.vouched else [b"", self.text]
+        return {name.decode(): text for name, text in zip(names_and_texts[::2], names_and_texts[1::2])}
+
+
+def find_script(file, sha256: str | None = None) -> Script:
+    """The script in an open log, or, where there are several, the one with this SHA-256. Raises UserError."""
+    sources = find_sources(file)
+    claims = [claim for _, _, claim in sources.proved if sha256 in (None, claim.sha256)]
+    if sources.unproved and (sha256 is None or not claims):
+        raise UserError("its source does not match its checksum: the log is damaged or edited")
+    if len({claim.sha256 for claim in claims}) > 1:
+        raise UserError("holds the logs of several scripts; split it")
+    if claims:
+        return Script(claims[0].prove(file)[1], True)
+    if (place := public_source(file)) is None:
+        raise UserError("holds no script")
+    file.seek(place[0])
+    return Script(file.read(place[1] - place[0]), False)
+
+
 # ======================================================================================================================
 # Runs
 # ======================================================================================================================
 
-MARKS = re.compile(rb"\n(?:s(?:tep)?:[ \t]*\d|peak memory|={100}(?=\r?\n)|hardware: |git: |\|[ \t]+\d+[ \t]+[A-Z])")
+MARKS = re.compile(
+    rb"\n(?:s(?:tep)?:[ \t]*\d|peak memory|={100}(?=\r?\n)|hardware: |world size: |git: |settings: \{"
+    rb"|\|[ \t]+\d+[ \t]+[A-Z])"
+)
 # llm.c wrote `s:250 tel:6.1710`, all since then `step:250/1390 val_loss:3.9012 train_time:14210ms step_avg:56.84ms`.
 TRAINING_LINE = re.compile(
     rb"s(?:tep)?:[ \t]*(\d{1,12})(?:/(\d{1,12}))?[ \t].*?(?:val_loss|tel|train_loss|trl|train_time):"
@@ -150,7 +211,17 @@ FIELD_NAMES = {b"val_loss": "val_loss", b"tel": "val_loss", b"train_time": "trai
 PEAK_MEMORY = re.compile(rb"peak memory[^:]*:[ \t]*(\d{1,12}(?:\.\d{0,12})?)[ \t]*(MiB|GiB)\b")
 MEBIBYTES = {b"MiB": 1, b"GiB": 1024}
 GPU = re.compile(rb"\|[ \t]+\d+[ \t]+(\S.*?)[ \t]+(?:On|Off)[ \t]+\|")  # a card's row in nvidia-smi's table
-LOG_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:s(?:tep)?:[ \t]*\d|Running P)")  # how a log without source begins
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a log says of the runs that follow. None: it does not say."""
+
+    source: str | None = None  # the script's SHA-256
+    settings: dict | None = None
+    hardware: str | None = None
+    world_size: int | None = None
+    commit: str | None = None
 
 
 @dataclass(eq=False)
@@ -160,8 +231,7 @@ class Run:
     file: str
     number: int  # among the runs of the file, from 1
     total_steps: int | None
-    hardware: str | None
-    commit: str | None
+    header: "Header"
     final_step: int = 0
     train_time_ms: float | None = None
     step_avg_ms: float | None = None
@@ -175,6 +245,14 @@ class Run:
     @property
     def name(self) -> str:
         return self.file if self.alone else f"{self.file} run {self.number}"
+
+    @property
+    def hardware(self) -> str | None:
+        return self.header.hardware
+
+    @property
+    def seed(self) -> int | None:
+        return (self.header.settings or {}).get("seed")
 
     @property
     def val_loss(self) -> float | None:
@@ -219,13 +297,26 @@ def read_fields(line: bytes) -> dict[str, float]:
     return values
 
 
+def read_settings(text: str) -> dict | None:
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def read_count(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
 class LogReader:
     """Puts the lines of one file together into runs."""
 
-    def __init__(self, path: str, in_source: bool):
-        """`in_source`: the file begins with source text that ends at the first line of 100 "="."""
+    def __init__(self, path: str, rules: int, source: str | None):
+        """The file begins with source text that ends at that many lines of 100 "="; `source`: its SHA-256."""
         self.path = path
-        self.in_source = in_source
+        self.rules = rules
+        self.source = source
         self.log = Log()
         self.unreadable = None  # offset of the first line that cannot be read, and what in it
         self.unreadable_lines = 0
@@ -238,6 +329,9 @@ class LogReader:
         if not ended and not line.endswith((b"s", b"MiB")):
             # Only a unit shows that the number before it is whole.
             self.log.notes.append("the last line has no line end and may be cut short: left out")
+        elif line.startswith((b"hardware: ", b"world size: ", b"git: ", b"settings: ")):
+            name, _, value = line.decode(errors="replace").partition(": ")
+            self.said[name] = value.strip()
         elif line.startswith(b"s"):
             if line != self.last_validation:
                 self.add_training_line(offset, line)
@@ -245,16 +339,13 @@ class LogReader:
                 self.repeated_lines = True
                 self.log.notes.append("the same validation lines follow each other: counted once")
         elif line == RULE:
-            if self.in_source:
+            if self.rules:
                 self.forget_source()
             elif self.run:
                 self.end_run()
+                self.source = None
         elif line.startswith(b"peak memory"):
             self.add_peak_memory(offset, line)
-        elif line.startswith(b"hardware: "):
-            self.hardware = line.removeprefix(b"hardware: ").decode(errors="replace").strip()
-        elif line.startswith(b"git: "):
-            self.commit = line.removeprefix(b"git: ").decode(errors="replace").strip()
         elif len(self.gpus) < MAX_GPUS and (gpu := GPU.match(line)):
             self.gpus.append(gpu[1].decode(errors="replace"))
 
@@ -295,15 +386,22 @@ class LogReader:
         if len(self.log.runs) == MAX_RUNS:
             raise UserError(f"holds more than {MAX_RUNS:,} runs; split it")
         cards = ", ".join(f"{self.gpus.count(name)} x {name}" for name in dict.fromkeys(self.gpus))
-        hardware = self.hardware or cards or None
-        self.run = Run(self.path, len(self.log.runs) + 1, total, hardware, self.commit)
+        header = Header(
+            source=self.source,
+            settings=read_settings(self.said.get("settings", "")),
+            hardware=self.said.get("hardware") or cards or None,
+            world_size=read_count(self.said.get("world size", "")),
+            commit=self.said.get("git"),
+        )
+        self.run = Run(self.path, len(self.log.runs) + 1, total, header)
         self.log.runs.append(self.run)
         self.val_step = self.train_step = -1
 
     def end_run(self) -> None:
         """What follows is another log's: a header of its own, and runs of its own."""
         self.read_last_line()
-        self.run = self.hardware = self.commit = self.last_validation = None
+        self.run = self.last_validation = None
+        self.said = {}  # by the header's lines
         self.gpus = []  # names of the cards in nvidia-smi's table
 
     def read_last_line(self) -> None:
@@ -333,10 +431,10 @@ class LogReader:
 
     def forget_source(self) -> None:
         """What came before was source text, and anything in it that looks like a log's lines is not one."""
-        self.in_source = False
+        self.rules -= 1
         self.last = None
         if self.log.runs:
-            self.log.notes.append('training lines before the first line of 100 "=" taken for source text: left out')
+            self.log.notes.append('training lines before a line of 100 "=" taken for source text: left out')
         self.log.runs.clear()
         self.unreadable, self.unreadable_lines = None, 0
         self.end_run()
@@ -358,15 +456,22 @@ def read_log(path: str) -> Log:
     """Reads one log: finds its sources, then reads the lines outside them. Raises UserError."""
     with open_log(path) as file:
         sources = find_sources(file)
+        reader = LogReader(path, 0, None)
+        if not sources.proved:
+            file.seek(0)
+            start = file.read(4096)
+            place = public_source(file)
+            # What begins like a script may have its end beyond what is looked at.
+            reader.rules = 0 if LOG_START.match(start) else 2 if place and place[0] else 1
+            reader.source = find_script(file).sha256 if place and not sources.unproved else None
         file.seek(0)
-        start = file.read(4096)
-        file.seek(0)
-        reader = LogReader(path, in_source=not sources.proved and LOG_START.match(start) is None)
         proved = iter([*sources.proved, (math.inf, math.inf, None)])
-        source_start, source_end, _ = next(proved)
+        source_start, source_end, claim = next(proved)
         for offset, line, ended in marked_lines(file, MARKS):
             while offset >= source_end:
-                source_start, source_end, _ = next(proved)
+                reader.end_run()
+                reader.source = claim.sha256
+                source_start, source_end, claim = next(proved)
             if offset < source_start:
                 reader.add(offset, line, ended)
         log = reader.finish()

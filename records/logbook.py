@@ -24,6 +24,7 @@ from command import UserError, report
 command.catch_interrupts(__name__)  # before the imports that take seconds
 
 import argparse
+import ast
 import contextlib
 import json
 import math
@@ -34,12 +35,14 @@ import signal
 import subprocess
 import tempfile
 import threading
+import warnings
 
+from experiments import by_experiment, difference_text, differences, report_oddities, report_repeated_seeds, target_of
 from leaderboard import RECORDS, leaderboard
 from log_reader import (
-    LOG_START,
     MAX_SOURCE,
     Run,
+    find_script,
     find_sources,
     marked_lines,
     open_log,
@@ -49,8 +52,8 @@ from log_reader import (
 )
 from plots import load_matplotlib, plot
 from printing import digits, print_json, shown, shown_p, table, write_file
-from rules import SIGNIFICANCE, STREAMS, TARGET
-from samples import Difference, Sample, loss_sample, p_at_most, results, runs_needed, time_sample
+from rules import OPTIMIZER_MARGIN, SIGNIFICANCE, STREAMS
+from samples import Difference, Sample, Verdict, loss_sample, p_at_most, results, time_sample
 
 # What the programs that make the tracks' results, and the tests, take from here.
 __all__ = [
@@ -86,7 +89,7 @@ def show(args) -> int:
                     f"{run.step_avg_ms:.2f} ms" if run.step_avg_ms is not None else "-",
                     f"{run.peak_memory_mib:,.0f} MiB" if run.peak_memory_mib is not None else "-",
                     run.hardware or "-",
-                    re.sub(r"^([0-9a-f]{8})[0-9a-f]+", r"\1", run.commit or "-"),
+                    re.sub(r"^([0-9a-f]{8})[0-9a-f]+", r"\1", run.header.commit or "-"),
                 ]
             )
         print(table(header, rows, {0, 6, 7}, args.markdown))
@@ -94,76 +97,143 @@ def show(args) -> int:
 
 
 def stats(args) -> int:
-    """Prints the statistics of a set of runs and whether their mean loss is at most the target."""
+    """Prints the statistics of a set of runs, by experiment, and whether the mean loss is at most the target."""
     runs, whole = results(args.logs)
-    loss, time = loss_sample(runs), time_sample(runs)
-    p = p_at_most(loss, args.target)
-    significant = p is not None and p < SIGNIFICANCE
-    needed = runs_needed(loss, args.target)
-    more = 0 if significant else None if needed is None else needed - loss.n
-    if significant:
-        verdict = f"significant (p < {SIGNIFICANCE})"
-    elif needed is None:
-        why = "a single run has no spread" if loss.n == 1 else "these runs have no spread: are they one run, repeated?"
-        verdict = f"not significant: {why}"
-    elif needed == math.inf:
-        verdict = "not significant; more runs needed: never, the mean is not below the target"
-    else:
-        verdict = f"not significant; more runs needed: {more:,} if mean and standard deviation stay"
+    groups = by_experiment(runs)
+    if len(groups) > 1:
+        report(f"these runs are of {len(groups)} experiments, which are not taken together")
+    report_oddities(runs, "these runs")
+    report_repeated_seeds(runs, "these runs")
+    answers = []
+    for number, group in enumerate(groups, 1):
+        loss, time = loss_sample(group), time_sample(group)
+        found = verdict(group, loss, args.target)
+        answer = stats_json(loss, time, found)
+        if len(groups) > 1:
+            differs = differences(group[0], groups[0][0]) if number > 1 else []
+            answer = {"logs": [run.name for run in group], "differs_from_first": differs} | answer
+            if not args.json:
+                print_experiment(number, group, groups[0], args.markdown)
+        if not args.json:
+            print_stats(loss, time, found, args.markdown)
+        answers.append(answer)
     if args.json:
-        answer = {"n": loss.n, "target": args.target, "loss": vars(loss), "time_ms": time and vars(time)}
-        print_json(answer | {"p": p, "significant": significant, "more_runs": more})
-        return 2 if not whole else 0 if significant else 1
-    test = f"p = {shown_p(p)} (one-sided t-test: mean loss <= {args.target:g})"
-    if args.markdown:
+        print_json(answers[0] if len(answers) == 1 else {"experiments": answers})
+    return 2 if not whole else 0 if all(answer["significant"] for answer in answers) else 1
+
+
+def verdict(runs: list[Run], loss: Sample, target: float | None) -> Verdict:
+    """Of one experiment's runs, by the rule of their track; without a target, by the track's."""
+    target = target_of(runs) if target is None else target
+    settings = runs[0].header.settings or {}
+    if settings.get("preset") == "fineweb" and "optimizer" in settings:
+        return Verdict.by_margin(loss, target)
+    return Verdict.by_t_test(loss, target)
+
+
+def stats_json(loss: Sample, time: Sample | None, found: Verdict) -> dict:
+    answer = {"n": loss.n, "target": found.target, "loss": vars(loss), "time_ms": time and vars(time), "p": found.p}
+    if found.margin is not None:
+        answer |= {"margin": found.margin}
+    return answer | {"significant": found.significant, "more_runs": found.more_runs}
+
+
+def print_experiment(number: int, group: list[Run], first: list[Run], markdown: bool) -> None:
+    """The line above one experiment's statistics where there are several."""
+    logs = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+    line = f"Experiment {number}: {logs}"
+    if number > 1:
+        print()
+        line += f" (differs from experiment 1: {difference_text(group[0], first[0])})"
+    print(f"**{line}**\n" if markdown else line)
+
+
+def print_stats(loss: Sample, time: Sample | None, found: Verdict, markdown: bool) -> None:
+    more = found.more_runs
+    rule = f"p < {SIGNIFICANCE}" if found.margin is None else f"(target - mean) * sqrt(n) >= {OPTIMIZER_MARGIN}"
+    if found.significant:
+        said = f"significant ({rule})"
+    elif more is None:
+        why = "a single run has no spread" if loss.n == 1 else "these runs have no spread: are they one run, repeated?"
+        said = f"not significant: {why}"
+    elif more == math.inf:
+        said = "not significant; more runs needed: never, the mean is not below the target"
+    else:
+        said = f"not significant; more runs needed: {more:,} if mean and standard deviation stay"
+    test = f"p = {shown_p(found.p)} (one-sided t-test: mean loss <= {found.target:g})"
+    if found.margin is not None:
+        test += f"\n(target - mean) * sqrt(n) = {found.margin:.5f} (the optimizer track's rule)"
+    if markdown:
         rows = [["loss", f"{loss.n}", *digits(loss, ".5f")]]
         if time:
             rows.append(["time (ms)", f"{time.n}", *digits(time, ",.1f")])
         header = ["", "n", "mean", "standard deviation", "min", "max"]
-        print(table(header, rows, {0}, True), test, verdict, sep="\n\n")
-    else:
-        mean, sd, low, high = digits(loss, ".5f")
-        print(f"n = {loss.n}")
-        print(f"loss: mean {mean}, standard deviation {sd}, min {low}, max {high}")
-        if time:
-            mean, sd, low, high = digits(time, ",.1f")
-            print(f"time: {mean} ms ± {sd}, min {low}, max {high}" + (f" ({time.n} runs)" if time.n < loss.n else ""))
-        print(test, verdict, sep="\n")
-    return 2 if not whole else 0 if significant else 1
+        print(table(header, rows, {0}, True), test, said, sep="\n\n")
+        return
+    mean, sd, low, high = digits(loss, ".5f")
+    print(f"n = {loss.n}")
+    print(f"loss: mean {mean}, standard deviation {sd}, min {low}, max {high}")
+    if time:
+        mean, sd, low, high = digits(time, ",.1f")
+        print(f"time: {mean} ms ± {sd}, min {low}, max {high}" + (f" ({time.n} runs)" if time.n < loss.n else ""))
+    print(test, said, sep="\n")
 
 
 def compare(args) -> int:
-    """Prints the difference of two sets of runs in mean loss and time."""
+    """Prints the difference of two sets of runs in mean loss and time: in pairs where both have the same seeds."""
     runs_a, whole_a = results(args.logs)
     runs_b, whole_b = results(args.vs)
     distinct = without_copies([*runs_a, *runs_b])  # a run is not compared with itself
     runs_a, runs_b = ([run for run in side if run in distinct] for side in (runs_a, runs_b))
     if not runs_a or not runs_b:
         raise UserError("the two sets hold the same runs: nothing to compare")
-    loss = Difference.of(loss_sample(runs_a), loss_sample(runs_b))
-    times = time_sample(runs_a), time_sample(runs_b)
-    time = Difference.of(*times) if all(times) else None
+    for side, runs in (("A", runs_a), ("B", runs_b)):
+        groups = by_experiment(runs)
+        for group in groups[1:]:
+            report(f"{side} takes experiments together: {group[0].name}: {difference_text(group[0], groups[0][0])}")
+        report_repeated_seeds(runs, side)
+    report_oddities([*runs_a, *runs_b], "A and B")
+    pairs = pairs_by_seed(runs_a, runs_b)
+    loss, time = (difference(runs_a, runs_b, pairs, value) for value in ("val_loss", "train_time_ms"))
     if args.json:
         names = {"loss": loss, "time_ms": time}
-        print_json(
-            {
-                name: d and {"a": vars(d.a), "b": vars(d.b), "difference": d.mean, "ci95": [d.low, d.high], "p": d.p}
-                for name, d in names.items()
-            }
-        )
+        print_json({name: found and difference_json(found) for name, found in names.items()})
     else:
-        header = ["", "n A", "n B", "mean A", "mean B", "A - B", "95 % interval", "p"]
+        header = ["", "n A", "n B", "mean A", "mean B", "A - B", "95 % interval", "p", "test"]
         rows = [["loss", *difference_cells(loss, ".5f")]]
         if time:
             rows.append(["time (ms)", *difference_cells(time, ",.1f")])
-        print(table(header, rows, {0}, args.markdown))
+        print(table(header, rows, {0, 8}, args.markdown))
     return 0 if whole_a and whole_b else 2
+
+
+def pairs_by_seed(runs_a: list[Run], runs_b: list[Run]) -> list[tuple[Run, Run]]:
+    """The runs with the same seed, if each side has the same seeds, and each once; else none."""
+    by_seed_a, by_seed_b = ({run.seed: run for run in runs} for runs in (runs_a, runs_b))
+    once = len(by_seed_a) == len(runs_a) and len(by_seed_b) == len(runs_b)
+    if not once or by_seed_a.keys() != by_seed_b.keys() or None in by_seed_a or len(runs_a) < 2:
+        return []
+    return [(run, by_seed_b[seed]) for seed, run in by_seed_a.items()]
+
+
+def difference(runs_a: list[Run], runs_b: list[Run], pairs: list[tuple[Run, Run]], value: str) -> Difference | None:
+    """Of the runs' losses or times; None where one side has none."""
+    a, b = ([getattr(run, value) for run in runs if getattr(run, value) is not None] for runs in (runs_a, runs_b))
+    if len(pairs) == len(a) == len(b):
+        return Difference.paired(*zip(*((getattr(own, value), getattr(other, value)) for own, other in pairs)))
+    return Difference.welch(a, b) if a and b else None
+
+
+def difference_json(found: Difference) -> dict:
+    means = {"a": vars(found.a), "b": vars(found.b), "difference": found.mean}
+    return means | {"ci95": [found.low, found.high], "p": found.p, "test": found.test}
 
 
 def difference_cells(d: Difference, form: str) -> list[str]:
     interval = "-" if d.p is None else f"{d.low:+{form}} to {d.high:+{form}}"
     means = [f"{d.a.mean:{form}}", f"{d.b.mean:{form}}", f"{d.mean:+{form}}"]
-    return [str(d.a.n), str(d.b.n), *means, interval, shown_p(d.p)]
+    test = d.test + " by seed" * (d.test == "paired t-test")
+    return [str(d.a.n), str(d.b.n), *means, interval, shown_p(d.p), test]
 
 
 # ======================================================================================================================
@@ -174,31 +244,19 @@ def difference_cells(d: Difference, form: str) -> list[str]:
 def extract(args) -> int:
     """Writes the script that made a log."""
     with open_log(args.log) as file:
-        script, vouched = find_script(file)
-    if args.out.exists() and not (args.out.is_file() and args.out.read_bytes() == script):
-        raise UserError(f"{args.out}: exists and differs; it is left as it is")
-    write_file(args.out, script)
-    print(f"{args.out}: {len(script):,} bytes, " + ("the log's checksum matches" if vouched else "without a checksum"))
-    if not vouched:
-        report(f'{args.log}: no checksum vouches for this text, which is all before the first line of 100 "="')
+        script = find_script(file)
+    # The script finds the kernels' files beside it, under their names.
+    files = {args.out if name == "" else args.out.with_name(name): text for name, text in script.files().items()}
+    for path, text in files.items():
+        if path.exists() and not (path.is_file() and path.read_bytes() == text):
+            raise UserError(f"{path}: exists and differs; it is left as it is")
+    for path, text in files.items():
+        write_file(path, text)
+        vouched = "the log's checksum matches" if script.vouched else "without a checksum"
+        print(f"{path}: {len(text):,} bytes, {vouched}")
+    if not script.vouched:
+        report(f'{args.log}: no checksum vouches for this text, which ends at a line of 100 "="')
     return 0
-
-
-def find_script(file) -> tuple[bytes, bool]:
-    """The script in an open log, and whether a checksum vouches for it. Raises UserError."""
-    sources = find_sources(file)
-    if sources.unproved:
-        raise UserError("its source does not match its checksum: the log is damaged or edited")
-    if len({claim.sha256 for _, _, claim in sources.proved}) > 1:
-        raise UserError("holds the logs of several scripts; split it")
-    if sources.proved:
-        return sources.proved[0][2].prove(file)[1], True
-    file.seek(0)
-    text = file.read(MAX_SOURCE)
-    end = re.search(rb"^={100}\r?$", text, re.MULTILINE)
-    if end is None or LOG_START.match(text) or not text[: end.start()].strip():
-        raise UserError("holds no script")
-    return text[: end.start()], False
 
 
 # ======================================================================================================================
@@ -270,7 +328,12 @@ def find_checked(file: str, folder: Path) -> tuple[Path, dict]:
     with open_log(file) as opened:
         if file.endswith(".py"):
             return Path(file).resolve(), {"findings": [], "not_judged": None}
-        (folder / "train_gpt.py").write_bytes(find_script(opened)[0])
+        text = opened.read(MAX_SOURCE)
+        if is_script(text):
+            (folder / "train_gpt.py").write_bytes(text)
+            return folder / "train_gpt.py", {"findings": [], "not_judged": None}
+        for name, text in find_script(opened).files().items():
+            (folder / (name or "train_gpt.py")).write_bytes(text)
         opened.seek(max((end for _, end, _ in find_sources(opened).proved), default=0))
         lines = [line for _, line, _ in marked_lines(opened, SETTINGS_MARK)]
         return folder / "train_gpt.py", judge_settings(lines)
@@ -297,6 +360,16 @@ def judge_settings(lines: list[bytes]) -> dict:
         if resumed:
             unable = f"the log's run went on from {resumed}, and what came before is not in it"
     return {"findings": findings, "not_judged": unable}
+
+
+def is_script(text: bytes) -> bool:
+    """Whether a file without .py in its name is a script: it parses, which no log does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return bool(ast.parse(text).body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
 
 
 def verdicts(file: str, script: Path, names: list[str], folder: Path, seconds: float):
@@ -379,14 +452,9 @@ def command_line() -> command.Parser:
         formats.add_argument("--json", action="store_true", help="print JSON")
         formats.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
-    def add_target(made):
-        made.add_argument(
-            "--target",
-            type=positive("a loss"),
-            default=TARGET,
-            metavar="LOSS",
-            help=f"loss to reach (default {TARGET})",
-        )
+    def add_target(made, default):
+        text = f"loss to reach (default: {default})"
+        made.add_argument("--target", type=positive("a loss"), metavar="LOSS", help=text)
 
     made = add(show)
     add_logs(made)
@@ -394,7 +462,7 @@ def command_line() -> command.Parser:
 
     made = add(stats)
     add_logs(made)
-    add_target(made)
+    add_target(made, "that of the log's preset, or 3.28")
     add_formats(made)
 
     made = add(compare)
@@ -408,14 +476,14 @@ def command_line() -> command.Parser:
         "--group", nargs="+", action="append", default=[], metavar=("NAME", "LOG"), help="logs drawn under this name"
     )
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="the plot: .png, .svg or .pdf")
-    add_target(made)
+    add_target(made, "those of the logs' presets, or 3.28")
 
     made = add(extract)
     made.add_argument("log", metavar="LOG")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the script")
 
     made = add(check)
-    made.add_argument("file", metavar="SCRIPT_OR_LOG", help="a script's name ends in .py")
+    made.add_argument("file", metavar="SCRIPT_OR_LOG", help="what parses as Python is a script")
     made.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"of {', '.join(CHECKS)}")
     patience = {"type": positive("a time"), "default": 300, "metavar": "SECONDS"}
     made.add_argument("--timeout", **patience, help="what loading, or a check, may take (default 300)")

@@ -2,11 +2,15 @@
 
 import io
 import math
+import os
 import statistics
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from command import UserError, report
+from experiments import Experiment, by_experiment, difference_text, differences, target_of
 from log_reader import Run, read_logs
 from printing import write_file
 
@@ -15,29 +19,44 @@ COLORS = ["#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e6
 LINES = ["-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
 UNITS = [("s", 1e3, 600e3), ("min", 60e3, 4 * 3600e3), ("h", 3600e3, math.inf)]  # name, ms, up to how many ms
+LABEL = 40  # characters of a label that say in what an experiment differs
 LOG_SCALE_FROM = 8  # ends that are this many times apart need a logarithmic axis
 
 
-@dataclass(frozen=True)
+class Point(NamedTuple):
+    """The runs of a curve that were validated at one step."""
+
+    step: int
+    losses: list[float]
+    times_ms: list[float]
+
+
 class Curve:
-    """Runs that were validated at the same steps, at each of which (but step 0) a curve has a point."""
+    """Runs of one experiment that ended at the same step. Those that were not validated at a step are not in its point.
 
-    label: str
-    runs: list[Run]
+    Step 0 has none: what the untrained model's loss is says nothing.
+    """
 
-    def points(self, values: str) -> list[tuple[float, ...]]:
-        """The runs' `steps`, `losses` or `times_ms` at each validation."""
-        rows = zip(*(getattr(run, values) for run in self.runs), strict=True)
-        return [row for step, row in zip(self.runs[0].steps, rows, strict=True) if step > 0]
+    def __init__(self, label: str, runs: list[Run]):
+        self.label = label
+        self.runs = runs
+        found = {}
+        for run in runs:
+            for step, loss, time in zip(run.steps, run.losses, run.times_ms):
+                if step > 0:
+                    point = found.setdefault(step, Point(step, [], []))
+                    point.losses.append(loss)
+                    point.times_ms.append(time)
+        self.points = [found[step] for step in sorted(found)]
 
     def steps(self) -> list[int]:
-        return [at[0] for at in self.points("steps")]
+        return [point.step for point in self.points]
 
     def losses(self) -> list[float]:
-        return [statistics.fmean(at) for at in self.points("losses")]
+        return [statistics.fmean(point.losses) for point in self.points]
 
     def times_ms(self) -> list[float]:
-        return [statistics.fmean(at) for at in self.points("times_ms")]
+        return [statistics.fmean(point.times_ms) for point in self.points]
 
     def early_loss(self) -> float:
         """The loss at the first validation after a tenth of the run: what lies above it would dwarf the rest."""
@@ -46,31 +65,45 @@ class Curve:
 
 
 def curves(runs: list[Run], name: str | None = None) -> list[Curve]:
-    """Puts the runs together that were validated at the same steps: those of one folder, or, with a name, all of them.
+    """Puts the runs of an experiment together that ended at the same step: those of a folder, or, with a name, all.
 
-    The folder or the name is the label. A run that goes with no other is a curve of its own, labelled by its file.
+    The folder or the name is the label; where that is several experiments', what sets them apart is added. A run that
+    goes with no other is a curve of its own, labelled by its file.
     """
     sets = {}
     for run in runs:
         group = name or Path(run.file).resolve().parent.name
-        sets.setdefault((group, run.steps.tobytes()), []).append(run)
+        sets.setdefault((group, Experiment.of(run), run.steps[-1]), []).append(run)
     found = []
-    for (group, _), members in sets.items():
+    for (group, _, end), members in sets.items():
         first, label = members[0], group
+        neighbours = [others for (other, _, _), others in sets.items() if other == group]
         if len(members) == 1 and (name is None or len(sets) > 1):
             label = Path(first.file).stem + ("" if first.alone else f" run {first.number}")
+        elif difference := label_difference(members, neighbours):
+            label += f", {difference}"
         if any(curve.label == label for curve in found):
-            label += f", {first.final_step:,} steps"
+            label += f", {end:,} steps"
         found.append(Curve(label, members))
     return found
+
+
+def label_difference(runs: list[Run], neighbours: list[list[Run]]) -> str:
+    """What tells an experiment's runs from the others of their folder: how their files' names begin, or a setting."""
+    beginnings = [os.path.commonprefix([Path(run.file).stem for run in others]) for others in neighbours]
+    beginnings = [beginning.rstrip("-_. 0123456789") for beginning in beginnings]
+    if len(neighbours) > 1 and all(beginnings) and len(set(beginnings)) == len(beginnings):
+        return beginnings[neighbours.index(runs)]
+    if not (found := differences(runs[0], neighbours[0][0])):
+        return ""
+    text = found[0].partition(", not ")[0].partition(":")[0]
+    return text if len(text) <= LABEL else text[: LABEL - 1] + "…"
 
 
 def plot(args) -> int:
     """Draws loss against steps and against time."""
     matplotlib = load_matplotlib()
-    kind = args.out.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise UserError(f"{args.out}: the name must end in .png, .svg or .pdf")
+    kind = picture_kind(args.out)
     groups = [(None, args.logs)] * bool(args.logs) + [(name, logs) for name, *logs in args.group]
     if not groups or not all(logs for _, logs in groups):
         raise UserError("plot needs logs, and --group a name and logs")
@@ -81,19 +114,38 @@ def plot(args) -> int:
         for run in empty:
             report(f"{run.name}: left out: has no validation loss after step 0")
         whole = whole and all_read and not empty
-        drawn += curves([run for run in runs if run not in empty], name)
+        runs = [run for run in runs if run not in empty]
+        if name:
+            first, *others = by_experiment(runs) or [[]]
+            for group in others:
+                report(f"{name}: a curve an experiment: {group[0].name}: {difference_text(group[0], first[0])}")
+        drawn += curves(runs, name)
     if not drawn:
         raise UserError("no validation losses to draw in these logs")
+    targets = {target_of(curve.runs) for curve in drawn} if args.target is None else {args.target}
+    save(matplotlib, lambda: draw(matplotlib, drawn, sorted(targets)), args.out, kind)
+    return 0 if whole else 2
+
+
+def picture_kind(out: Path) -> str:
+    kind = out.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"{out}: the name must end in .png, .svg or .pdf")
+    return kind
+
+
+def save(matplotlib, make: Callable, out: Path, kind: str) -> None:
+    """Writes the figure that `make` draws."""
     image = io.BytesIO()
     settings = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
-        draw(matplotlib, drawn, args.target).savefig(image, format=kind, dpi=200)
-    write_file(args.out, image.getvalue())
-    return 0 if whole else 2
+        make().savefig(image, format=kind, dpi=200)
+    write_file(out, image.getvalue())
 
 
 def load_matplotlib():
     try:
+        import matplotlib.backends.backend_agg
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
@@ -101,20 +153,21 @@ def load_matplotlib():
     return matplotlib
 
 
-def draw(matplotlib, drawn: list[Curve], target: float):
+def draw(matplotlib, drawn: list[Curve], targets: list[float]):
     """The plot: two panels with one loss axis; where runs repeat, an inset shows how each of them ended."""
     figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     longest = max((time for curve in drawn for time in curve.times_ms() if math.isfinite(time)), default=0)
     unit, unit_ms, _ = next(unit for unit in UNITS if longest < unit[2])
-    bottom = min(loss for curve in drawn for at in curve.points("losses") for loss in at if math.isfinite(loss))
+    ends = [loss for curve in drawn for point in curve.points for loss in point.losses if math.isfinite(loss)]
+    bottom = min(ends)
     top = max(bottom, *(curve.early_loss() for curve in drawn))
     # A target just missed is in the plot. One that is far from all losses is that of another task.
-    bottom = target if bottom - 0.3 * (top - bottom) < target < bottom else bottom
+    bottom = min([bottom, *(target for target in targets if bottom - 0.3 * (top - bottom) < target)])
     pad = 0.06 * (top - bottom) or 0.1
     visible = {by_step: [], by_time: []}
     for index, curve in enumerate(drawn):
-        mean, losses = curve.losses(), curve.points("losses")
+        mean, losses = curve.losses(), [point.losses for point in curve.points]
         every = max(1, len(mean) // 10)
         style = curve_style(index) | {"linewidth": 1.6, "markevery": ((len(mean) - 1) % every, every)}
         for axes, x in (by_step, curve.steps()), (by_time, [time / unit_ms for time in curve.times_ms()]):
@@ -131,14 +184,27 @@ def draw(matplotlib, drawn: list[Curve], target: float):
         set_x_axis(matplotlib, axes, visible[axes])
         axes.tick_params(labelleft=True)
         axes.grid(color="0.93")
-        if bottom - pad < target < top + pad:
-            draw_target(axes, target)
-    handles = by_step.get_lines()[: len(drawn)]
-    labels = [legend_text(curve) for curve in drawn]
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(drawn)), frameon=False, handlelength=4)
+        for target in targets:
+            if bottom - pad < target < top + pad:
+                draw_target(axes, target)
+    draw_legend(matplotlib, figure, by_step.get_lines()[: len(drawn)], [legend_text(curve) for curve in drawn])
     if any(len(curve.runs) > 1 for curve in drawn) and visible[by_time] and corner_is_free(by_time):
-        draw_ends(by_time.inset_axes([0.6, 0.5, 0.39, 0.42]), drawn, target, unit, unit_ms)
+        draw_ends(by_time.inset_axes([0.6, 0.5, 0.39, 0.42]), drawn, targets, unit, unit_ms)
     return figure
+
+
+def draw_legend(matplotlib, figure, handles: list, labels: list[str]) -> None:
+    """Above the panels, in as many columns as fit; names too long for one are broken, and the figure grows with it."""
+    renderer = matplotlib.backends.backend_agg.FigureCanvasAgg(figure).get_renderer()
+    style = {"loc": "outside upper left", "frameon": False, "handlelength": 4}
+    for columns, width in [(columns, None) for columns in range(min(4, len(labels)), 0, -1)] + [(1, 120), (1, 90)]:
+        shown = [label if width is None else "\n".join(textwrap.wrap(label, width)) for label in labels]
+        legend = figure.legend(handles, shown, ncols=columns, **style)
+        size = legend.get_window_extent(renderer)
+        if size.width < 0.98 * figure.bbox.width or (columns, width) == (1, 90):
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + max(0, size.height / figure.dpi - 0.8))
 
 
 def corner_is_free(axes) -> bool:
@@ -193,15 +259,16 @@ def draw_target(axes, target: float) -> None:
     axes.annotate(f"target {target:g}", xytext=(5, -5), ha="left", va="top", color="0.3", fontsize=9, **place)
 
 
-def draw_ends(axes, drawn: list[Curve], target: float, unit: str, unit_ms: float) -> None:
+def draw_ends(axes, drawn: list[Curve], targets: list[float], unit: str, unit_ms: float) -> None:
     """A dot for the time and loss at which each run ended: the spread, which the curves are too steep to show."""
     for index, curve in enumerate(drawn):
-        times = [time / unit_ms for time in curve.points("times_ms")[-1]]
-        axes.plot(times, curve.points("losses")[-1], **curve_style(index) | {"linestyle": "none", "alpha": 0.8})
+        times = [time / unit_ms for time in curve.points[-1].times_ms]
+        axes.plot(times, curve.points[-1].losses, **curve_style(index) | {"linestyle": "none", "alpha": 0.8})
     axes.margins(0.1)
     low, high = axes.get_ylim()
-    if low - (high - low) < target < high + (high - low):
-        axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
+    for target in targets:
+        if low - (high - low) < target < high + (high - low):
+            axes.axhline(target, color="0.3", linestyle="--", linewidth=1, zorder=1)
     axes.set_title(f"Each run's end ({unit}, nats)", fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
     axes.ticklabel_format(useOffset=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from command import UserError, report
 from log_reader import Run, read_logs
-from rules import SIGNIFICANCE
+from rules import OPTIMIZER_MARGIN, SIGNIFICANCE
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,37 @@ def runs_needed(sample: Sample, target: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Welch's test of mean(a) - mean(b): 95 % interval and two-sided p, None where the samples have no spread."""
+class Verdict:
+    """Whether runs are a result at a target: by the one-sided t-test, or by the rule of the optimizer track."""
 
+    target: float
+    p: float | None
+    significant: bool
+    more_runs: float | None  # that would make it so if mean and sd stay; inf: never; None: cannot be said
+    margin: float | None = None  # (target - mean) * sqrt(n), where that is the rule
+
+    @classmethod
+    def by_t_test(cls, loss: Sample, target: float) -> "Verdict":
+        p, needed = p_at_most(loss, target), runs_needed(loss, target)
+        if p is not None and p < SIGNIFICANCE:
+            return cls(target, p, True, 0)
+        return cls(target, p, False, needed and needed - loss.n)
+
+    @classmethod
+    def by_margin(cls, loss: Sample, target: float) -> "Verdict":
+        below = target - loss.mean
+        margin = below * math.sqrt(loss.n)
+        # Losses have four digits: what is equal in them must be equal here.
+        significant = margin >= OPTIMIZER_MARGIN - 1e-12
+        needed = math.ceil((OPTIMIZER_MARGIN / below) ** 2 - 1e-9) if below > 1e-12 else math.inf
+        return cls(target, p_at_most(loss, target), significant, 0 if significant else needed - loss.n, margin)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A test of mean(a) - mean(b): 95 % interval and two-sided p, None where there is no spread."""
+
+    test: str
     a: Sample
     b: Sample
     mean: float
@@ -74,16 +102,29 @@ class Difference:
     p: float | None = None
 
     @classmethod
-    def of(cls, a: Sample, b: Sample) -> "Difference":
-        mean = a.mean - b.mean
+    def welch(cls, a: list[float], b: list[float]) -> "Difference":
+        a, b = Sample.of(a), Sample.of(b)
         if a.sd is None or b.sd is None or not (a.sd or b.sd):
-            return cls(a, b, mean)
+            return cls("Welch's t-test", a, b, a.mean - b.mean)
         variance_a, variance_b = a.sd**2 / a.n, b.sd**2 / b.n
         error = math.sqrt(variance_a + variance_b)
         freedom = error**4 / (variance_a**2 / (a.n - 1) + variance_b**2 / (b.n - 1))
-        reach = float(student_t().stdtrit(freedom, 0.975)) * error
-        p = 2 * float(student_t().stdtr(freedom, -abs(mean) / error))
-        return cls(a, b, mean, mean - reach, mean + reach, p)
+        return cls("Welch's t-test", a, b, *interval_and_p(a.mean - b.mean, error, freedom))
+
+    @classmethod
+    def paired(cls, a: list[float], b: list[float]) -> "Difference":
+        """Of values that belong together: a's first and b's first, and so on."""
+        both = Sample.of([own - other for own, other in zip(a, b, strict=True)])
+        test, a, b = "paired t-test", Sample.of(a), Sample.of(b)
+        if not both.sd:
+            return cls(test, a, b, both.mean)
+        return cls(test, a, b, *interval_and_p(both.mean, both.sd / math.sqrt(both.n), both.n - 1))
+
+
+def interval_and_p(mean: float, error: float, freedom: float) -> tuple[float, float, float, float]:
+    """A mean with the ends of its 95 % interval and its two-sided p, by Student's t."""
+    reach = float(student_t().stdtrit(freedom, 0.975)) * error
+    return mean, mean - reach, mean + reach, 2 * float(student_t().stdtr(freedom, -abs(mean) / error))
 
 
 def results(paths: list[str]) -> tuple[list[Run], bool]:
@@ -98,9 +139,6 @@ def results(paths: list[str]) -> tuple[list[Run], bool]:
             finished.append(run)
     if not finished:
         raise UserError("no finished run in these logs")
-    lengths = sorted({run.final_step for run in finished})
-    if len(lengths) > 1:
-        report(f"these runs differ in length: {', '.join(f'{steps:,}' for steps in lengths)} steps")
     return finished, whole
 
 

@@ -34,26 +34,31 @@ class Experiment(NamedTuple):
 
 
 def relevant_settings(run: Run) -> dict | None:
-    """A run's settings by name, those inside others as model.dim or stages[0].lr; None if its log has none."""
+    """A run's settings by name, without what is irrelevant; None if its log has none."""
     if run.header.settings is None:
         return None
+    settings = {name: value for name, value in run.header.settings.items() if name not in IRRELEVANT}
+    for name in ("train_files", "val_files"):
+        if isinstance(settings.get(name), str):
+            settings[name] = PurePath(settings[name]).name  # the same data may lie elsewhere
+    return flat(settings)
+
+
+def flat(settings: dict) -> dict:
+    """Settings by name, those inside others as model.dim or stages[0].lr."""
     found = {}
 
     def add(name, value):
         if isinstance(value, dict):
             for key, item in value.items():
-                add(f"{name}.{key}", item)
+                add(f"{name}.{key}" if name else key, item)
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             for index, item in enumerate(value):
                 add(f"{name}[{index}]", item)
         else:
             found[name] = value
 
-    for name, value in run.header.settings.items():
-        if name not in IRRELEVANT:
-            # The same data may lie elsewhere.
-            is_path = name in ("train_files", "val_files") and isinstance(value, str)
-            add(name, PurePath(value).name if is_path else value)
+    add("", settings)
     return found
 
 

@@ -111,6 +111,7 @@ class Sources:
 def find_sources(file) -> Sources:
     """Finds the sources in a binary log: one at its start, or several where logs were put together."""
     candidates = []
+    file.seek(0)
     for offset, line, _ in marked_lines(file, SOURCE_MARK):
         match = SOURCE_LINE.fullmatch(line)
         if match and int(match[1]) <= MAX_SOURCE:
@@ -140,6 +141,7 @@ def find_sources(file) -> Sources:
 RULE_LINE = re.compile(rb"^={100}\r?(?:\n|\Z)", re.MULTILINE)
 # How a log without a script begins.
 LOG_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:s(?:tep)?:[ \t]*\d|Running [Pp]|source: \d)")
+NO_SCRIPT = "holds no script"
 MORE_SOURCE = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\w+\.py)\r?\n-{40}\r?\n\r?\n")
 
 
@@ -186,7 +188,7 @@ def find_script(file, sha256: str | None = None) -> Script:
     if claims:
         return Script(claims[0].prove(file)[1], True)
     if (place := public_source(file)) is None:
-        raise UserError("holds no script")
+        raise UserError(NO_SCRIPT)
     file.seek(place[0])
     return Script(file.read(place[1] - place[0]), False)
 

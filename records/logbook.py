@@ -26,6 +26,7 @@ command.catch_interrupts(__name__)  # before the imports that take seconds
 import argparse
 import ast
 import contextlib
+import difflib
 import json
 import math
 import os
@@ -37,10 +38,19 @@ import tempfile
 import threading
 import warnings
 
-from experiments import by_experiment, difference_text, differences, report_oddities, report_repeated_seeds, target_of
-from leaderboard import RECORDS, leaderboard
+from experiments import (
+    by_experiment,
+    difference_text,
+    differences,
+    flat,
+    report_oddities,
+    report_repeated_seeds,
+    target_of,
+)
+from leaderboard import PUBLIC, RECORDS, leaderboard, progress
 from log_reader import (
     MAX_SOURCE,
+    NO_SCRIPT,
     Run,
     find_script,
     find_sources,
@@ -53,7 +63,7 @@ from log_reader import (
 from plots import load_matplotlib, plot
 from printing import digits, print_json, shown, shown_p, table, write_file
 from rules import OPTIMIZER_MARGIN, SIGNIFICANCE, STREAMS
-from samples import Difference, Sample, Verdict, loss_sample, p_at_most, results, time_sample
+from samples import Difference, Sample, Verdict, loss_sample, p_at_most, reached, results, time_sample
 
 # What the programs that make the tracks' results, and the tests, take from here.
 __all__ = [
@@ -68,13 +78,19 @@ __all__ = [
 
 
 def show(args) -> int:
-    """Prints one row per run."""
+    """Prints one row per run; with a target, when its loss was first that low, between two validations by a line."""
     runs, whole = read_logs(args.logs)
     if args.json:
         keys = ["file", "final_step", "total_steps", "val_loss", "train_time_ms", "step_avg_ms", "peak_memory_mib"]
-        print_json([{key: getattr(run, key) for key in keys} for run in runs])
+        rows = [{key: getattr(run, key) for key in keys} for run in runs]
+        if args.target is not None:
+            for row, run in zip(rows, runs, strict=True):
+                row["steps_to_target"], row["time_ms_to_target"] = reached(run, args.target) or (None, None)
+        print_json(rows)
     elif runs:
         header = ["log", "steps", "loss", "time", "step average", "peak memory", "hardware", "commit"]
+        if args.target is not None:
+            header += [f"steps to {args.target:g}", f"time to {args.target:g}"]
         rows = []
         for run in runs:
             loss = shown(run.val_loss, ".4f")
@@ -92,6 +108,9 @@ def show(args) -> int:
                     re.sub(r"^([0-9a-f]{8})[0-9a-f]+", r"\1", run.header.commit or "-"),
                 ]
             )
+            if args.target is not None:
+                steps, time = reached(run, args.target) or (math.nan, math.nan)
+                rows[-1] += [f"{steps:,.0f}" if steps == steps else "-", f"{time:,.0f} ms" if time == time else "-"]
         print(table(header, rows, {0, 6, 7}, args.markdown))
     return 0 if whole else 2
 
@@ -257,6 +276,56 @@ def extract(args) -> int:
     if not script.vouched:
         report(f'{args.log}: no checksum vouches for this text, which ends at a line of 100 "="')
     return 0
+
+
+# ======================================================================================================================
+# diff
+# ======================================================================================================================
+
+
+def diff(args) -> int:
+    """Prints how the settings and the scripts of two logs differ, or two scripts, as a unified diff."""
+    script_a, settings_a = script_and_settings(args.a)
+    script_b, settings_b = script_and_settings(args.b)
+    parts = [("settings", settings_a, settings_b), ("script", script_a, script_b)]
+    if not any(a is not None and b is not None for _, a, b in parts):
+        raise UserError(f"{args.a} and {args.b} have neither settings nor scripts to compare")
+    same = True
+    for what, a, b in parts:
+        if (a is None) != (b is None):
+            report(f"{args.a if a is None else args.b}: has no {what}: not compared")
+        elif a != b:
+            same = False
+            names = (f"{args.a} ({what})", f"{args.b} ({what})")
+            print("\n".join(difflib.unified_diff(a, b, *names, lineterm="")))
+    if same:
+        print("no difference")
+    return 0
+
+
+def script_and_settings(path: str) -> tuple[list[str] | None, list[str] | None]:
+    """The lines of a script, or of the script in a log, and of its settings, one a line; None where it has none."""
+    with open_log(path) as file:
+        text = file.read(MAX_SOURCE)
+        if path.endswith(".py") or is_script(text):
+            return lines_of(text), None
+        try:
+            script = lines_of(find_script(file).text)
+        except UserError as error:
+            if str(error) != NO_SCRIPT:
+                raise
+            script = None
+    runs = read_log(path).runs
+    settings = {json.dumps(run.header.settings, sort_keys=True): run for run in runs if run.header.settings is not None}
+    if len(settings) > 1:
+        raise UserError(f"{path}: holds logs with different settings; split it")
+    for run in settings.values():
+        return script, [f"{name}: {json.dumps(value)}" for name, value in sorted(flat(run.header.settings).items())]
+    return script, None
+
+
+def lines_of(text: bytes) -> list[str]:
+    return text.decode(errors="backslashreplace").splitlines()
 
 
 # ======================================================================================================================
@@ -458,6 +527,7 @@ def command_line() -> command.Parser:
 
     made = add(show)
     add_logs(made)
+    add_target(made, "none; with one, the steps and the time that each run took to it")
     add_formats(made)
 
     made = add(stats)
@@ -482,6 +552,10 @@ def command_line() -> command.Parser:
     made.add_argument("log", metavar="LOG")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the script")
 
+    made = add(diff)
+    made.add_argument("a", metavar="A", help="a log, or a script")
+    made.add_argument("b", metavar="B", help="what differs in it is marked +")
+
     made = add(check)
     made.add_argument("file", metavar="SCRIPT_OR_LOG", help="what parses as Python is a script")
     made.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"of {', '.join(CHECKS)}")
@@ -491,6 +565,10 @@ def command_line() -> command.Parser:
 
     made = add(leaderboard)
     made.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables are out of date")
+    made = add(progress)
+    made.add_argument("track", metavar="TRACK", help=f"a folder of records, or {PUBLIC}: the public leaderboard's")
+    made.add_argument("--out", type=Path, metavar="FILE", help="a plot: .png, .svg or .pdf")
+    add_formats(made)
     return parser
 
 

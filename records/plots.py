@@ -146,6 +146,7 @@ def save(matplotlib, make: Callable, out: Path, kind: str) -> None:
 def load_matplotlib():
     try:
         import matplotlib.backends.backend_agg
+        import matplotlib.dates
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
@@ -274,3 +275,29 @@ def draw_ends(axes, drawn: list[Curve], targets: list[float], unit: str, unit_ms
     axes.ticklabel_format(useOffset=False)
     axes.locator_params(nbins=5)
     axes.grid(color="0.93")
+
+
+def draw_progress(matplotlib, days: list, seconds: list[float], target: float):
+    """Record time against date: a line that falls at each record, and that goes on to the newest."""
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    unit, unit_ms, _ = next(unit for unit in UNITS if 1000 * max(seconds) < unit[2])
+    times = [1000 * each / unit_ms for each in seconds]
+    axes.step(days, times, where="post", color=COLORS[1], linewidth=1.2)
+    axes.plot(days, times, "o", color=COLORS[1], markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+    if max(times) > LOG_SCALE_FROM * min(times):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    else:
+        axes.set_ylim(0, max(times) * 1.08)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    if (days[-1] - days[0]).days < 60:
+        axes.set_xticks(sorted({days[0], days[-1]}))
+        axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m-%d"))
+    else:
+        axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m"))
+    axes.set_ylabel(f"Training time to {target:g} nats per token ({unit})")
+    axes.set_xlabel("Date of the record")
+    axes.grid(color="0.93")
+    return figure

@@ -8,3 +8,5 @@ SIGNIFICANCE = 0.01
 OPTIMIZER_MARGIN = 0.004
 # What the presets validate on: tokens, and the files' names.
 STREAMS = {"record": (10_485_760, "fineweb_val_*.bin"), "tiny": (524_288, "sympy_val_*.bin")}
+# The preset whose stream a track validates on, by the track's folder.
+TRACKS = {"8xh100": "record", "tiny": "tiny"}

@@ -142,6 +142,23 @@ def results(paths: list[str]) -> tuple[list[Run], bool]:
     return finished, whole
 
 
+def reached(run: Run, target: float) -> tuple[float, float] | None:
+    """The steps and the time in ms after which a run's loss was first at most the target; None if it never was.
+
+    Between two validations the loss is taken as a straight line, so neither is exact. NaN: no times.
+    """
+    before = None
+    for now in zip(run.losses, run.steps, run.times_ms):
+        loss, steps, time = now
+        if loss <= target:
+            if before is None or not math.isfinite(before[0]):
+                return steps, time
+            part = (before[0] - target) / (before[0] - loss)
+            return before[1] + part * (steps - before[1]), before[2] + part * (time - before[2])
+        before = now
+    return None
+
+
 def loss_sample(runs: list[Run]) -> Sample:
     return Sample.of([run.val_loss for run in runs])
 

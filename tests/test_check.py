@@ -449,6 +449,12 @@ def test_settings_of_a_log_must_name_the_whole_stream_or_it_is_not_judged(settin
     assert unable in said["not_judged"] if unable else said["not_judged"] is None
 
 
+def test_what_parses_as_python_is_a_script_whatever_its_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    script, notes = program.find_checked(str(write(tmp_path / "attempt", b"print(1)\n")), tmp_path / "out")
+    assert script.read_bytes() == b"print(1)\n" and script.suffix == ".py" and notes == []
+
+
 def test_script_that_cannot_be_checked_is_answered_with_the_reason(judge, tmp_path):
     first = "import argparse\n"
     line = SCRIPT.read_text().partition(first)[0].count("\n") + 2

@@ -809,6 +809,49 @@ def test_extract_says_that_nothing_vouches_for_a_public_logs_script(tmp_path):
     assert "no checksum vouches" in done.stderr
 
 
+def test_extract_takes_the_script_of_2024_from_between_two_rules(tmp_path):
+    source = f"import torch\n{FAKE_LINES}print(1)\n"
+    smi = "|   0  NVIDIA H100 80GB HBM3          Off |   00000000:18:00.0 Off |                    0 |\n"
+    text = f"{RULE}\n{source}{RULE}\nRunning pytorch 2.5.0+cu124 compiled for CUDA 12.4\n{smi}{RULE}\n"
+    log = write(tmp_path / "a.txt", text + val(5, 5, 3.5, 10))
+    logbook("extract", log, "--out", tmp_path / "train.py")
+    assert (tmp_path / "train.py").read_text() == source
+    done = logbook("show", log)
+    assert "3.5000" in done.stdout and "1 x NVIDIA H100 80GB HBM3" in done.stdout and len(done.stdout.splitlines()) == 2
+    headless = write(tmp_path / "b.txt", f"{RULE}\nRunning Python 3.12\n{RULE}\n{val(5, 5, 3.4, 10)}")
+    bare = write(tmp_path / "c.txt", f"{RULE}\n{val(5, 5, 3.3, 10)}{RULE}\n{val(5, 5, 3.2, 10)}")
+    assert [row["val_loss"] for row in show(headless, bare)] == [3.4, 3.3, 3.2]
+    assert "holds no script" in mistake("extract", headless, "--out", tmp_path / "none.py")
+
+
+def glued(**kernels):
+    """What the public logs since January 2026 begin with: the script, and each of the kernels' files after its name."""
+    dashes = "-" * 40
+    parts = ["import triton_kernels\n\nx = 1\n# " + "-" * 77 + "\n"]
+    parts += [f"\n\n{dashes}\n# {name}.py\n{dashes}\n\n{text}" for name, text in kernels.items()]
+    return "".join(parts)
+
+
+def test_extract_takes_the_kernels_files_apart_that_public_logs_hold_since_2026(tmp_path):
+    kernels = {"triton_kernels": "import triton\n\ny = 2\n", "dc_triton_kernels": '"""Docs."""\nz = 3\n'}
+    text = f"{glued(**kernels)}\n{RULE}\nRunning Python 3.12\n{RULE}\n{val(5, 5, 3.5, 10)}"
+    log, out = write(tmp_path / "a.txt", text), tmp_path / "out" / "train.py"
+    out.parent.mkdir()
+    lines = logbook("extract", log, "--out", out).stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        str(out), str(out.with_name("triton_kernels.py")), str(out.with_name("dc_triton_kernels.py")),
+    ]  # fmt: skip
+    assert out.read_text() == glued()
+    for name, kernel in kernels.items():
+        assert out.with_name(f"{name}.py").read_text().rstrip("\n") == kernel.rstrip("\n")
+    for path in out.parent.iterdir():
+        compile(path.read_text(), path, "exec")
+    out.with_name("dc_triton_kernels.py").write_text("hours of work")
+    out.unlink()
+    assert "dc_triton_kernels.py: exists and differs" in mistake("extract", log, "--out", out)
+    assert not out.exists()
+
+
 def test_extract_finds_no_script_where_there_is_none(tmp_path):
     for text in (val(5, 5, 3.5, 10), f"{RULE}\nRunning Python 3.12\n", f"Running Python 3.12\n{RULE}\n"):
         assert "holds no script" in mistake("extract", write(tmp_path / "a.txt", text), "--out", tmp_path / "train.py")
@@ -824,8 +867,68 @@ def test_extract_does_not_overwrite_another_file(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# diff, and the way to a target
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_diff_shows_what_differs_in_settings_and_script(tmp_path):
+    (a,) = experiment(tmp_path / "a", [1.4], b"import torch\nx = 1\n")
+    (b,) = experiment(tmp_path / "b", [1.4], b"import torch\nx = 2\n", muon_lr=0.03, model={"dim": 512, "xsa": True})
+    lines = logbook("diff", a, b).stdout.splitlines()
+    assert lines[:2] == [f"--- {a} (settings)", f"+++ {b} (settings)"]
+    assert [line for line in lines if line[0] in "+-" and line[:3] not in ("---", "+++")] == [
+        "-model.dim: 256", "+model.dim: 512", "-muon_lr: 0.023", "+muon_lr: 0.03", "-x = 1", "+x = 2",
+    ]  # fmt: skip
+    assert logbook("diff", a, a).stdout == "no difference\n"
+
+
+def test_diff_compares_a_log_with_a_script_of_any_name(tmp_path):
+    (log,) = experiment(tmp_path, [1.4], b"x = 1\n")
+    for name in ("train.py", "attempt"):
+        script = write(tmp_path / name, "x = 2\n")
+        done = logbook("diff", log, script)
+        assert done.stdout.splitlines()[-2:] == ["-x = 1", "+x = 2"]
+        assert done.stderr == f"logbook.py: {script}: has no settings: not compared\n"
+    no_script = write(tmp_path / "a.txt", val(5, 5, 3.5, 10))
+    assert "have neither settings nor scripts" in mistake("diff", no_script, script)
+    damaged = write(tmp_path / "b.txt", our_log().replace(b"hello", b"hellx"))
+    assert "does not match its checksum" in mistake("diff", damaged, script)
+
+
+def test_show_gives_steps_and_time_to_a_target_on_a_line_between_validations(tmp_path):
+    lines = val(0, 100, 5.0, 0) + val(40, 100, 3.0, 4000) + val(80, 100, 3.2, 8000) + val(100, 100, 2.0, 10_000)
+    path = write(tmp_path / "a.txt", lines)
+    # From (40, 3.0) up to (80, 3.2), and down to (100, 2.0): 2.5 after (3.2 - 2.5) / 1.2 of 20 steps and of 2 s.
+    for target, steps, ms in ((4.0, 20, 2000), (3.0, 40, 4000), (2.5, 80 + 20 * 0.7 / 1.2, 8000 + 2000 * 0.7 / 1.2)):
+        (row,) = json.loads(logbook("show", "--json", "--target", target, path).stdout)
+        assert (row["steps_to_target"], row["time_ms_to_target"]) == pytest.approx((steps, ms))
+    assert re.search(
+        r"steps to 2\.5 +time to 2\.5\n.* 92 +9,167 ms$", logbook("show", "--target", 2.5, path).stdout, re.M
+    )
+    (row,) = json.loads(logbook("show", "--json", "--target", 1.9, path).stdout)
+    assert row["steps_to_target"] is None and row["time_ms_to_target"] is None
+    old = write(tmp_path / "old.log", "s:0 tel:11.0\ns:100 tel:3.0\n")
+    (row,) = json.loads(logbook("show", "--json", "--target", 7, old).stdout)
+    assert row["steps_to_target"] == 50 and row["time_ms_to_target"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # leaderboard
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+SOURCES = {name: f"# {name}\n".encode() for name in "abc"}
+# By record: losses, milliseconds of training.
+RECORDS = {"a": ([1.43, 1.4302, 1.4301], 9000), "b": ([1.42, 1.421, 1.423], 8000)}
+
+
+def checked(source):
+    return f"Checked: legal (2026-06-01), sha256 {hashlib.sha256(source).hexdigest()}\n"
+
+
+def put_record(folder, title, source, losses, ms, **changes):
+    write(folder / "README.md", f"# {title}\n\nWhat changed: much.\n\nContributors: @me\n\n{checked(source)}")
+    return experiment(folder, losses, source, ms, **changes)
 
 
 @pytest.fixture
@@ -834,31 +937,35 @@ def records(tmp_path):
     folder = tmp_path / "records"
     write(
         folder / "README.md",
-        "# Records\n\nBefore.\n\n<!-- leaderboard: fast, target 3.28 -->\nold\n<!-- end of table -->\n\nAfter.\n"
-        "<!-- leaderboard: slow, target 3 -->\n<!-- end of table -->\n",
+        "# Records\n\nBefore.\n\n<!-- leaderboard: tiny, target 1.44 -->\nold\n<!-- end of table -->\n\nAfter.\n"
+        "<!-- leaderboard: 8xh100, target 3 -->\n<!-- end of table -->\n",
     )
-    for name, title, losses in (("2026-06-02_b", "B | b", LOSSES), ("2026-05_a", "A", [3.2801, 3.2803])):
-        record = folder / "fast" / name
-        write(record / "README.md", f"# {title}\n\nWhat changed: much.\n\nContributors: @me\n")
-        sample(record, losses, [80_000] * len(losses))
+    put_record(folder / "tiny" / "2026-05_a", "A", SOURCES["a"], *RECORDS["a"])
+    put_record(folder / "tiny" / "2026-06-02_b", "B | b", SOURCES["b"], *RECORDS["b"])
     for module in LOGBOOK.parent.glob("*.py"):
         shutil.copy(module, folder)
     shutil.copy(ROOT / "command.py", tmp_path)
     return folder
 
 
+def titles(records):
+    return re.findall(r"^\| \d+ \| [\d-]+ \| \[(.*?)\]\(", (records / "README.md").read_text(encoding="utf-8"), re.M)
+
+
 def test_leaderboard_writes_the_tables_between_the_markers(records):
-    pytest.importorskip("scipy")
+    scipy_stats = pytest.importorskip("scipy.stats")
     script = records / "logbook.py"
-    logbook("leaderboard", "--check", status=1, script=script)
+    assert logbook("leaderboard", "--check", status=1, script=script).stderr == ""
     logbook("leaderboard", script=script)
     lines = (records / "README.md").read_text(encoding="utf-8").splitlines()
-    assert lines[:5] == ["# Records", "", "Before.", "", "<!-- leaderboard: fast, target 3.28 -->"]
+    assert lines[:5] == ["# Records", "", "Before.", "", "<!-- leaderboard: tiny, target 1.44 -->"]
+    p_a, p_b = (scipy_stats.ttest_1samp(losses, 1.44, alternative="less").pvalue for losses, _ in RECORDS.values())
+    assert p_a < 0.0001 < p_b < 0.01
     assert lines[7:9] == [
-        "| 1 | 2026-05 | [A](fast/2026-05_a/) | 3.2802 ± 0.0001 | 2 | 80.00 s | 0.8524 | @me |",
-        "| 2 | 2026-06-02 | [B \\| b](fast/2026-06-02_b/) | 3.2785 ± 0.0011 | 8 | 80.00 s | 0.0031 | @me |",
+        f"| 1 | 2026-05 | [A](tiny/2026-05_a/) | 1.4301 ± 0.0001 | 3 | 9.01 s | {p_a:.1e} | 2026-06-01 | @me |",
+        f"| 2 | 2026-06-02 | [B \\| b](tiny/2026-06-02_b/) | 1.4213 ± 0.0015 | 3 | 8.01 s | {p_b:.4f} | 2026-06-01 | @me |",
     ]
-    assert lines[9:] == ["<!-- end of table -->", "", "After.", "<!-- leaderboard: slow, target 3 -->",
+    assert lines[9:] == ["<!-- end of table -->", "", "After.", "<!-- leaderboard: 8xh100, target 3 -->",
                          "No records yet.", "<!-- end of table -->"]  # fmt: skip
 
 
@@ -872,27 +979,185 @@ def test_leaderboard_run_again_changes_nothing(records):
     assert (records / "README.md").read_bytes() == before
 
 
-def test_leaderboard_leaves_the_readme_as_it_is_where_a_record_is_not_in_order(records):
+C = "2026-06-03_c"  # a third record's folder
+
+
+def put_c(records, losses=(1.41, 1.411, 1.413), ms=7000, source=SOURCES["c"], **changes):
+    return put_record(records / "tiny" / C, "C", source, list(losses), ms, **changes)
+
+
+def killed(records):
+    put_c(records)
+    write(records / "tiny" / C / "killed.txt", val(50, 100, 1.4, 4000))
+
+
+def few(records):
+    put_c(records, [1.41])
+
+
+def copies(records):
+    for path in put_c(records, [1.43, 1.40]):
+        write(path.with_name(f"again_{path.name}"), path.read_bytes())
+
+
+def above(records):
+    put_c(records, [1.441, 1.442, 1.443])
+
+
+def other_stream(records):
+    put_c(records, val_tokens=1000)
+
+
+def no_settings(records):
+    put_c(records)
+    for path in (records / "tiny" / C).glob("*.txt"):
+        path.write_bytes(re.sub(rb"settings: .*\n", b"", path.read_bytes()))
+
+
+def mixed(records):
+    put_c(records)
+    experiment(records / "tiny" / C / "more", [1.40, 1.401], SOURCES["c"], 7100, muon_lr=0.5)
+
+
+def unchecked(records):
+    put_c(records)
+    write(records / "tiny" / C / "README.md", "# C\n")
+
+
+def another_script(records):
+    put_c(records)
+    write(records / "tiny" / C / "README.md", f"# C\n\n{checked(SOURCES['a'])}")
+
+
+def not_the_first(records):
+    put_c(records)
+    write(records / "tiny" / C / "README.md", "# C\n\nChecked: no, I am tired\n")
+
+
+def slower(records):
+    put_c(records, ms=8500)
+
+
+def other_hardware(records):
+    for path in put_c(records):
+        path.write_bytes(path.read_bytes().replace(b"hardware: AMD EPYC, 2 cores", b"hardware: a faster machine"))
+
+
+def same_runs(records):
+    shutil.copytree(records / "tiny" / "2026-06-02_b", records / "tiny" / C)
+
+
+def no_logs(records):
+    write(records / "tiny" / C / "README.md", "# C\n")
+
+
+def no_title(records):
+    put_c(records)
+    write(records / "tiny" / C / "README.md", "no title")
+
+
+def no_readme(records):
+    put_c(records)
+    (records / "tiny" / C / "README.md").unlink()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (killed, "holds logs that do not count"),
+        (few, "1 distinct runs with mean loss 1.4100 do not show that it is at most 1.44: p = -, not < 0.01"),
+        (copies, "2 distinct runs with mean loss 1.4150 do not show"),
+        (above, "do not show that it is at most 1.44: p = 0.9"),
+        (other_stream, "validated on 1000 tokens of sympy_val_*.bin, not 524288 of sympy_val_*.bin"),
+        (no_settings, "validated on None tokens"),
+        (mixed, "holds runs of 2 experiments: "),
+        (unchecked, "has no line 'Checked: legal (YYYY-MM-DD), sha256 "),
+        (another_script, "says that another script is legal"),
+        (not_the_first, "has no line 'Checked: legal"),
+        (slower, "is not faster than the record before it, 2026-06-02_b: 8.51 s, not less than 8.01 s"),
+        (other_hardware, "was timed on other hardware (AMD EPYC, 2 cores)"),
+        (same_runs, "has no runs that are not those of the record before it"),
+        (no_logs, "holds no logs"),
+        (no_title, "has no heading"),
+        (no_readme, "No such file"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_leaderboard_leaves_out_what_is_no_record_and_says_why(make, reason, records):
+    pytest.importorskip("scipy")
+    script = records / "logbook.py"
+    make(records)
+    done = logbook("leaderboard", script=script)
+    (line,) = (line for line in done.stderr.splitlines() if "not listed: " in line)
+    assert line.startswith(f"logbook.py: {records / 'tiny' / C}: not listed: ") and reason in line
+    assert titles(records) == ["A", "B \\| b"]
+    assert "not listed" in logbook("leaderboard", "--check", script=script).stderr  # the table is what it would write
+
+
+def test_leaderboard_lists_a_record_from_another_machine_that_has_the_last_ones_runs_on_it(records):
+    pytest.importorskip("scipy")
+    script, folder = records / "logbook.py", records / "tiny" / C
+    other_hardware(records)
+    again = experiment(folder / "before", [1.42, 1.4205], SOURCES["b"], 7500)
+    for path in again:
+        path.write_bytes(path.read_bytes().replace(b"hardware: AMD EPYC, 2 cores", b"hardware: a faster machine"))
+    logbook("leaderboard", script=script)
+    assert titles(records) == ["A", "B \\| b", "C"]
+    assert "| 1.4113 ± 0.0015 | 3 | 7.01 s |" in (records / "README.md").read_text(encoding="utf-8")
+    for path in again:
+        path.write_bytes(re.sub(rb"train_time:75\d\dms", b"train_time:6000ms", path.read_bytes()))
+    assert "7.01 s, not less than 6.00 s" in logbook("leaderboard", script=script).stderr
+
+
+def test_leaderboard_lists_a_tracks_first_record_unchecked_if_that_says_why(records):
+    pytest.importorskip("scipy")
+    write(records / "tiny" / "2026-05_a" / "README.md", "# A\n\nChecked: no, the baseline\n")
+    logbook("leaderboard", script=records / "logbook.py")
+    assert titles(records) == ["A", "B \\| b"]
+    assert "| no: the baseline |" in (records / "README.md").read_text(encoding="utf-8")
+
+
+def test_leaderboard_needs_a_name_with_a_date_and_a_table(records):
     pytest.importorskip("scipy")
     script, before = records / "logbook.py", (records / "README.md").read_bytes()
-    killed = write(records / "fast" / "2026-05_a" / "killed.txt", val(500, 1000, 3.0, 40_000))
-    assert "killed.txt: left out: stops at step 500" in logbook("leaderboard", status=2, script=script).stderr
-    killed.unlink()
     write(records / "unknown" / "2026-05-01_c" / "README.md", "# C\n")
     assert "no table for it" in mistake("leaderboard", script=script)
-    shutil.rmtree(records / "unknown")
-    (records / "fast" / "2026-05_a" / "README.md").unlink()
-    assert "No such file" in mistake("leaderboard", script=script)
-    write(records / "fast" / "2026-05_a" / "README.md", "no title")
-    assert "no heading" in mistake("leaderboard", script=script)
-    (records / "fast" / "2026-05_a").rename(records / "fast" / "a")
-    assert "<date>_<name>" in mistake("leaderboard", script=script)
     assert (records / "README.md").read_bytes() == before
+    shutil.rmtree(records / "unknown")
+    (records / "tiny" / "2026-05_a").rename(records / "tiny" / "a")
+    assert "a: not listed: a record's folder is named <date>_<name>" in logbook("leaderboard", script=script).stderr
+    assert titles(records) == ["B \\| b"]
 
 
 def test_the_tables_of_this_repository_are_up_to_date():
     pytest.importorskip("scipy")
     logbook("leaderboard", "--check")
+
+
+def test_progress_is_record_time_by_date(records):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    script, picture = records / "logbook.py", records / "progress.svg"
+    steps = json.loads(logbook("progress", "tiny", "--json", "--out", picture, script=script).stdout)
+    assert steps == [
+        {"number": 1, "day": "2026-05-01", "seconds": pytest.approx(9.014), "title": "A"},
+        {"number": 2, "day": "2026-06-02", "seconds": pytest.approx(8.014), "title": "B | b"},
+    ]
+    for words in (">Date of the record<", ">Training time to 1.44 nats per token (s)<", ">2026-06-02<"):
+        assert words in picture.read_text(encoding="utf-8"), words
+    assert re.search(r"^2 +2026-06-02 +8\.0 s +1\.12 +B \| b$", logbook("progress", "tiny", script=script).stdout, re.M)
+    assert mistake("progress", "8xh100", script=script) == "logbook.py: 8xh100: has no records yet"
+    assert "there are tiny, 8xh100, public" in mistake("progress", "fast", script=script)
+
+
+def test_progress_of_the_public_leaderboard_is_its_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "progress.png"
+    steps = json.loads(logbook("progress", "public", "--json", "--out", picture).stdout)
+    assert [step["number"] for step in steps] == list(range(1, 90))
+    assert (steps[0]["day"], steps[0]["seconds"]) == ("2024-05-28", 2700)  # 45 minutes
+    assert (steps[-1]["day"], steps[-1]["seconds"]) == ("2026-07-17", 73.8)  # 1.23 minutes
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

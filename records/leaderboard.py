@@ -160,6 +160,8 @@ def require_stream(runs: list[Run], track: str) -> None:
     for run in runs:
         settings = run.header.settings or {}
         given = settings.get("val_tokens"), PurePath(str(settings.get("val_files"))).name
+        if resumed := settings.get("resume"):
+            raise Refused(f"{run.name}: goes on from {resumed}, and what came before is not in it")
         if given != right:
             raise Refused("{}: validated on {} tokens of {}, not {} of {}".format(run.name, *given, *right))
 

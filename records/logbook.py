@@ -1,15 +1,18 @@
 """Read the logs of training runs: tables, statistics, plots, and the script that made a log.
 
-    python records/logbook.py show LOG...                         one row per run
+    python records/logbook.py show LOG... [--target 3.28]         one row per run
     python records/logbook.py stats LOG... [--target 3.28]        is the mean loss at most the target? p < 0.01?
     python records/logbook.py compare LOG... --vs LOG...          difference of two sets of runs
+    python records/logbook.py diff A B                            what differs in two runs' settings and scripts
     python records/logbook.py plot LOG... --out FILE.png          loss against steps and against time
+    python records/logbook.py progress TRACK [--out FILE.png]     record time against date
     python records/logbook.py extract LOG --out train.py          the script, byte for byte
     python records/logbook.py check SCRIPT_OR_LOG                 is it a legal attempt? names what fails, and where
     python records/logbook.py leaderboard [--check]               the tables of records/README.md
 
 It reads train_gpt.py's logs and those of the public leaderboard, of every age, and never guesses: a file or a line that
-it cannot read is named on stderr with the reason, the rest is read on, and the exit status is 2.
+it cannot read is named on stderr with the reason, the rest is read on, and the exit status is 2. A run counts once,
+however often it is there, and runs of different experiments are not taken together without a word.
 Exit status: 0 done, 1 a negative verdict, 2 a mistake in the command or the files.
 """
 

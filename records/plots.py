@@ -68,18 +68,24 @@ def curves(runs: list[Run], name: str | None = None) -> list[Curve]:
     """Puts the runs of an experiment together that ended at the same step: those of a folder, or, with a name, all.
 
     The folder or the name is the label; where that is several experiments', what sets them apart is added. A run that
-    goes with no other is a curve of its own, labelled by its file.
+    goes with no other is a curve of its own, labelled by its file, or by its folder if other folders have such a file.
     """
     sets = {}
     for run in runs:
         group = name or Path(run.file).resolve().parent.name
         sets.setdefault((group, Experiment.of(run), run.steps[-1]), []).append(run)
     found = []
+    # A file's name that is in several folders says less than the folder's.
+    folders_of = {}
+    for run in runs:
+        folders_of.setdefault(Path(run.file).stem, set()).add(Path(run.file).resolve().parent)
     for (group, _, end), members in sets.items():
         first, label = members[0], group
+        stem = Path(first.file).stem
         neighbours = [others for (other, _, _), others in sets.items() if other == group]
         if len(members) == 1 and (name is None or len(sets) > 1):
-            label = Path(first.file).stem + ("" if first.alone else f" run {first.number}")
+            if len(folders_of[stem]) == 1 or len(neighbours) > 1:
+                label = stem + ("" if first.alone else f" run {first.number}")
         elif difference := label_difference(members, neighbours):
             label += f", {difference}"
         if any(curve.label == label for curve in found):

@@ -451,8 +451,9 @@ def test_settings_of_a_log_must_name_the_whole_stream_or_it_is_not_judged(settin
 
 def test_what_parses_as_python_is_a_script_whatever_its_name(tmp_path):
     (tmp_path / "out").mkdir()
-    script, notes = program.find_checked(str(write(tmp_path / "attempt", b"print(1)\n")), tmp_path / "out")
-    assert script.read_bytes() == b"print(1)\n" and script.suffix == ".py" and notes == []
+    script, of_log = program.find_checked(str(write(tmp_path / "attempt", b"print(1)\n")), tmp_path / "out")
+    assert script.read_bytes() == b"print(1)\n" and script.suffix == ".py"
+    assert of_log == {"findings": [], "not_judged": None}
 
 
 def test_script_that_cannot_be_checked_is_answered_with_the_reason(judge, tmp_path):

@@ -563,6 +563,8 @@ def test_plot_draws_an_experiment_as_one_curve_and_several_as_several(tmp_path):
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     for words in (">mine (4 runs)<", ">mine, muon_lr 0.03 (2 runs)<", ">other (2 runs)<", ">target 1.44<"):
         assert words in text, words
+    logbook("plot", runs[0], runs[-1].with_name("run_1.txt"), "--out", tmp_path / "c.svg")
+    assert all(words in (tmp_path / "c.svg").read_text(encoding="utf-8") for words in (">mine<", ">other<"))
     done = logbook("plot", "--group", "Both", *runs[:6], "--out", tmp_path / "b.svg")
     assert "Both: a curve an experiment: " in done.stderr and ">Both (4 runs)<" in (tmp_path / "b.svg").read_text()
 
@@ -1009,6 +1011,10 @@ def other_stream(records):
     put_c(records, val_tokens=1000)
 
 
+def resumed(records):
+    put_c(records, resume="logs/a_step000010.pt")
+
+
 def no_settings(records):
     put_c(records)
     for path in (records / "tiny" / C).glob("*.txt"):
@@ -1071,6 +1077,7 @@ def no_readme(records):
         (above, "do not show that it is at most 1.44: p = 0.9"),
         (other_stream, "validated on 1000 tokens of sympy_val_*.bin, not 524288 of sympy_val_*.bin"),
         (no_settings, "validated on None tokens"),
+        (resumed, "goes on from logs/a_step000010.pt, and what came before is not in it"),
         (mixed, "holds runs of 2 experiments: "),
         (unchecked, "has no line 'Checked: legal (YYYY-MM-DD), sha256 "),
         (another_script, "says that another script is legal"),

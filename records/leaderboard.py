@@ -94,10 +94,12 @@ def track_table(track: str, target: float) -> str:
     return table([*header, "checked", "contributors"], rows, {1, 2, 7, 8}, True) + "\n"
 
 
-def listed(track: str, target: float) -> list[Record]:
-    """The records in a track's folder, oldest first; reports why any other folder in it is none."""
+def listed(track: str, target: float, without: Path | None = None) -> list[Record]:
+    """The records in a track's folder, oldest first; reports why any other folder in it, but for one, is none."""
     found = []
     for folder in folders(RECORDS / track):
+        if folder == without:
+            continue
         try:
             found.append(read_record(folder, track, target, found))
         except (Refused, UserError) as reason:

@@ -9,6 +9,7 @@
     python records/logbook.py extract LOG --out train.py          the script, byte for byte
     python records/logbook.py check SCRIPT_OR_LOG                 is it a legal attempt? names what fails, and where
     python records/logbook.py leaderboard [--check]               the tables of records/README.md
+    python records/logbook.py attempt SCRIPT --track T --name N   check and train it, and the last record: is it one?
 
 It reads train_gpt.py's logs and those of the public leaderboard, of every age, and never guesses: a file or a line that
 it cannot read is named on stderr with the reason, the rest is read on, and the exit status is 2. A run counts once,
@@ -572,13 +573,36 @@ def command_line() -> command.Parser:
     made.add_argument("track", metavar="TRACK", help=f"a folder of records, or {PUBLIC}: the public leaderboard's")
     made.add_argument("--out", type=Path, metavar="FILE", help="a plot: .png, .svg or .pdf")
     add_formats(made)
+
+    made = add(attempt)
+    made.add_argument("script", metavar="SCRIPT")
+    made.add_argument("--track", required=True, help="a folder of records with the record to beat")
+    made.add_argument("--name", required=True, help="of the attempt, and of its folder")
+    made.add_argument("--seeds", type=command.between(2, 100), default=5, metavar="N", help="runs (default: 5)")
     return parser
 
 
-def main() -> int:
-    # A file name may hold what the terminal's encoding does not.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    args = command_line().parse_args()
+def attempt(args) -> int:
+    """Checks a script, trains it and the track's last record in turn, seed by seed, and says whether it is a record.
+
+    The script's own options come last, after two dashes: `attempt SCRIPT --track tiny --name NAME -- --steps 80`. Runs
+    that are there are not made again: the same command goes on with what was broken off. Exit status: 0 if it is a
+    record, whose folder is then ready to be committed, 1 if it is none.
+    """
+    # It needs the programs beside this one, which take from this one.
+    from attempt import attempt
+
+    return attempt(args)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = []
+    if "--" in arguments and arguments[0] == "attempt":  # what comes after it is for the script
+        options = arguments[arguments.index("--") + 1 :]
+        arguments = arguments[: arguments.index("--")]
+    args = command_line().parse_args(arguments)
+    args.options = options
     return args.command(args)
 
 

@@ -26,8 +26,10 @@ def finished(path: Path) -> logbook.Run | None:
     """The run of a complete log, or None."""
     if not path.exists():
         return None
-    (run,) = logbook.read_log(str(path)).runs
-    return None if run.flaw() else run
+    runs = logbook.read_log(str(path)).runs
+    if len(runs) != 1 or runs[0].flaw():
+        return None
+    return runs[0]
 
 
 class Origin(NamedTuple):

@@ -100,7 +100,7 @@ def script_difference(run: Run, other: Run) -> str:
     opcodes = difflib.SequenceMatcher(None, others, own).get_opcodes()
     removed = sum(end - start for tag, start, end, _, _ in opcodes if tag != "equal")
     added = sum(end - start for tag, _, _, start, end in opcodes if tag != "equal")
-    return f"another script: {added:,} lines added, {removed:,} removed"
+    return f"another script (+{added:,} -{removed:,} lines)"
 
 
 def script_lines(run: Run) -> list[str]:
@@ -121,8 +121,7 @@ def difference_text(run: Run, other: Run) -> str:
 
 def target_of(runs: list[Run]) -> float:
     """The loss that runs of one experiment are to reach, by their preset; 3.28 where the log has none."""
-    settings = runs[0].header.settings or {}
-    return TARGETS.get(settings.get("preset"), TARGET)
+    return TARGETS.get(runs[0].preset, TARGET)
 
 
 def report_oddities(runs: list[Run], what: str) -> None:

@@ -122,7 +122,7 @@ def read_record(folder: Path, track: str, target: float, before: list[Record]) -
     if not whole:
         raise Refused("holds logs that do not count, and a record has none")
     earlier = [run for record in before for run in record.runs]
-    distinct = without_copies([*earlier, *runs])
+    distinct = set(without_copies([*earlier, *runs]))
     runs, again = own_runs([run for run in runs if run in distinct], before)
     loss, time = loss_sample(runs), time_sample(runs)
     if time is None or time.n < loss.n:
@@ -130,7 +130,7 @@ def read_record(folder: Path, track: str, target: float, before: list[Record]) -
     verdict = Verdict.by_t_test(loss, target)
     if not verdict.significant:
         raise Refused(
-            f"{loss.n} distinct runs with mean loss {loss.mean:.4f} do not show that it is at most {target:g}: "
+            f"not significant: n = {loss.n}, mean loss {loss.mean:.4f}, target {target:g}, "
             f"p = {shown_p(verdict.p)}, not < {SIGNIFICANCE}"
         )
     require_stream(runs, track)

@@ -5,11 +5,13 @@ It reads train_gpt.py's logs and those of the public leaderboard, of every age, 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 
 from command import UserError, report
@@ -20,6 +22,7 @@ MAX_LINE = 1 << 16  # a longer line is no line of a log: it is skipped without b
 MAX_SOURCE = 1 << 22  # the longest script that is looked for
 MAX_CLAIMS = 100  # lines in a file that claim to end a source; each costs hashing that source
 MAX_RUNS = 10_000  # runs in one file
+MAX_DEPTH = 50  # brackets within brackets in the settings
 MAX_GPUS = 1000  # cards in one run's header
 
 
@@ -254,7 +257,13 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        return (self.header.settings or {}).get("seed")
+        seed = (self.header.settings or {}).get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def preset(self) -> str | None:
+        preset = (self.header.settings or {}).get("preset")
+        return preset if isinstance(preset, str) else None
 
     @property
     def val_loss(self) -> float | None:
@@ -300,6 +309,10 @@ def read_fields(line: bytes) -> dict[str, float]:
 
 
 def read_settings(text: str) -> dict | None:
+    """The settings in a line of JSON; None if they cannot be read."""
+    depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
+    if max(depths, default=0) > MAX_DEPTH:
+        return None
     try:
         settings = json.loads(text)
     except ValueError:
@@ -532,7 +545,7 @@ def without_copies(runs: list[Run]) -> list[Run]:
     """The runs, each once, in their order; reports those that repeat another, or a part of it."""
     if len(runs) < 2:
         return runs
-    ends = {end for run in runs for end in [*moments(run)][-1:]}
+    ends = {end for run in runs for end in deque(moments(run), maxlen=1)}
     holders = {}  # by the end of a run: the runs, none a copy, that have been there
     copies = set()
     # The longest first, so that a part comes after its whole; of equal ones the first that was named counts.

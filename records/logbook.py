@@ -132,12 +132,12 @@ def stats(args) -> int:
         loss, time = loss_sample(group), time_sample(group)
         found = verdict(group, loss, args.target)
         answer = stats_json(loss, time, found)
-        if len(groups) > 1:
+        if len(groups) > 1 and args.json:
             differs = differences(group[0], groups[0][0]) if number > 1 else []
             answer = {"logs": [run.name for run in group], "differs_from_first": differs} | answer
-            if not args.json:
-                print_experiment(number, group, groups[0], args.markdown)
         if not args.json:
+            if len(groups) > 1:
+                print_experiment(number, group, groups[0], args.markdown)
             print_stats(loss, time, found, args.markdown)
         answers.append(answer)
     if args.json:
@@ -148,8 +148,7 @@ def stats(args) -> int:
 def verdict(runs: list[Run], loss: Sample, target: float | None) -> Verdict:
     """Of one experiment's runs, by the rule of their track; without a target, by the track's."""
     target = target_of(runs) if target is None else target
-    settings = runs[0].header.settings or {}
-    if settings.get("preset") == "fineweb" and "optimizer" in settings:
+    if runs[0].preset == "fineweb" and "optimizer" in runs[0].header.settings:
         return Verdict.by_margin(loss, target)
     return Verdict.by_t_test(loss, target)
 
@@ -206,7 +205,7 @@ def compare(args) -> int:
     """Prints the difference of two sets of runs in mean loss and time: in pairs where both have the same seeds."""
     runs_a, whole_a = results(args.logs)
     runs_b, whole_b = results(args.vs)
-    distinct = without_copies([*runs_a, *runs_b])  # a run is not compared with itself
+    distinct = set(without_copies([*runs_a, *runs_b]))  # a run is not compared with itself
     runs_a, runs_b = ([run for run in side if run in distinct] for side in (runs_a, runs_b))
     if not runs_a or not runs_b:
         raise UserError("the two sets hold the same runs: nothing to compare")
@@ -242,7 +241,7 @@ def pairs_by_seed(runs_a: list[Run], runs_b: list[Run]) -> list[tuple[Run, Run]]
 def difference(runs_a: list[Run], runs_b: list[Run], pairs: list[tuple[Run, Run]], value: str) -> Difference | None:
     """Of the runs' losses or times; None where one side has none."""
     a, b = ([getattr(run, value) for run in runs if getattr(run, value) is not None] for runs in (runs_a, runs_b))
-    if len(pairs) == len(a) == len(b):
+    if pairs and len(pairs) == len(a) == len(b):
         return Difference.paired(*zip(*((getattr(own, value), getattr(other, value)) for own, other in pairs)))
     return Difference.welch(a, b) if a and b else None
 
@@ -270,6 +269,8 @@ def extract(args) -> int:
         script = find_script(file)
     # The script finds the kernels' files beside it, under their names.
     files = {args.out if name == "" else args.out.with_name(name): text for name, text in script.files().items()}
+    if len(files) < len(script.files()):
+        raise UserError(f"{args.out}: is the name of one of the kernels' files; choose another")
     for path, text in files.items():
         if path.exists() and not (path.is_file() and path.read_bytes() == text):
             raise UserError(f"{path}: exists and differs; it is left as it is")

@@ -102,7 +102,7 @@ def label_difference(runs: list[Run], neighbours: list[list[Run]]) -> str:
         return beginnings[neighbours.index(runs)]
     if not (found := differences(runs[0], neighbours[0][0])):
         return ""
-    text = found[0].partition(", not ")[0].partition(":")[0]
+    text = found[0].partition(", not ")[0].partition(" (")[0]
     return text if len(text) <= LABEL else text[: LABEL - 1] + "…"
 
 

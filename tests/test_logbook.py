@@ -450,7 +450,7 @@ def test_stats_take_experiments_apart_and_say_how_they_differ(tmp_path):
     assert [answer["logs"] for answer in answers] == [[str(path) for path in logs] for logs in (a, b, c)]
     assert [answer["differs_from_first"] for answer in answers] == [
         [], ["muon_lr 0.03, not 0.023", "model.xsa false, not true"],
-        ["another script: 2 lines added, 1 removed"],
+        ["another script (+2 -1 lines)"],
     ]  # fmt: skip
     assert done.stderr == "logbook.py: these runs are of 3 experiments, which are not taken together\n"
     text = logbook("stats", *a, *b, *c, status=1).stdout
@@ -478,7 +478,7 @@ def test_public_logs_are_of_one_experiment_if_their_scripts_and_steps_are_the_sa
     runs += [log("c.txt", "import numpy", 3.273), log("d.txt", "import torch", 3.274, total=120)]
     answers = json.loads(logbook("stats", "--json", *runs, status=1).stdout)["experiments"]
     assert [answer["differs_from_first"] for answer in answers] == [
-        [], ["another script: 1 lines added, 1 removed"], ["steps 120, not 100"],
+        [], ["another script (+1 -1 lines)"], ["steps 120, not 100"],
     ]  # fmt: skip
 
 
@@ -708,6 +708,30 @@ def test_compare_agrees_with_welchs_t_test(tmp_path):
     assert re.search(r"^loss +8 +4 +3\.27849 +3\.28078 +-0\.00229 ", logbook("compare", *a, "--vs", *b).stdout, re.M)
 
 
+def test_compare_does_without_times(tmp_path):
+    pytest.importorskip("scipy")
+    logs = [write(tmp_path / f"{i}.log", f"s:0 tel:10.9\ns:90 tel:3.{i}\n") for i in range(27, 31)]
+    done = logbook("compare", *logs[:2], "--vs", *logs[2:])
+    assert "time" not in done.stdout and len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ['{"seed": [1], "preset": ["tiny"], "val_files": 5}', "{" + '"a": {' * 5000, '{"a": ' + "[" * 30_000, '{"a": NaN}'],
+    ids=["lists", "deep objects", "deep lists", "not a number"],
+)
+def test_settings_may_be_anything(tmp_path, settings):
+    pytest.importorskip("scipy")
+    logs = []
+    for i in range(2):
+        text = our_log(lines=val(9, 9, 3.1 + i / 100, 50)).replace(b'{"preset": "tiny", "seed": 1}', settings.encode())
+        logs.append(write(tmp_path / f"{i}.txt", text))
+    logbook("show", *logs)
+    logbook("stats", *logs, "--target", "3", status=1)
+    logbook("compare", logs[0], "--vs", logs[1])
+    logbook("diff", *logs)
+
+
 def test_compare_gives_no_interval_for_a_single_run(tmp_path):
     a, b = sample(tmp_path / "a", LOSSES), sample(tmp_path / "b", [3.29])
     answer = json.loads(logbook("compare", "--json", *a, "--vs", *b).stdout)
@@ -851,6 +875,7 @@ def test_extract_takes_the_kernels_files_apart_that_public_logs_hold_since_2026(
     out.with_name("dc_triton_kernels.py").write_text("hours of work")
     out.unlink()
     assert "dc_triton_kernels.py: exists and differs" in mistake("extract", log, "--out", out)
+    assert "one of the kernels' files" in mistake("extract", log, "--out", tmp_path / "triton_kernels.py")
     assert not out.exists()
 
 
@@ -1072,9 +1097,9 @@ def no_readme(records):
     ("make", "reason"),
     [
         (killed, "holds logs that do not count"),
-        (few, "1 distinct runs with mean loss 1.4100 do not show that it is at most 1.44: p = -, not < 0.01"),
-        (copies, "2 distinct runs with mean loss 1.4150 do not show"),
-        (above, "do not show that it is at most 1.44: p = 0.9"),
+        (few, "not significant: n = 1, mean loss 1.4100, target 1.44, p = -, not < 0.01"),
+        (copies, "not significant: n = 2, mean loss 1.4150"),
+        (above, "not significant: n = 3, mean loss 1.4420, target 1.44, p = 0.9"),
         (other_stream, "validated on 1000 tokens of sympy_val_*.bin, not 524288 of sympy_val_*.bin"),
         (no_settings, "validated on None tokens"),
         (resumed, "goes on from logs/a_step000010.pt, and what came before is not in it"),
@@ -1187,6 +1212,9 @@ def test_progress_of_the_public_leaderboard_is_its_table(tmp_path):
         ["plot", "--out", "a.png"],
         ["plot", "--group", "name", "--out", "a.png"],
         ["extract", "missing.txt", "--out", "a.py"],
+        ["diff", "missing.txt", "missing.txt"],
+        ["progress", "nowhere"],
+        ["progress", "public", "--out", "a.doc"],
     ],
 )
 def test_a_mistake_in_the_command_is_answered_in_one_line(args):

@@ -269,7 +269,13 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("fault", FOREIGN)
+# Through the command line; test_fuzz.py has hundreds without it.
+ORDINARY = ("no settings", "a short rng", "a renamed one", "another shape", "half a state", "an unknown column")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[] if fault in ORDINARY else pytest.mark.slow) for fault in FOREIGN]
+)
 def test_checkpoint_with_parts_missing_renamed_or_wrong_is_refused_with_their_names(fault, whole, small, folders):  # noqa: F811
     folder = folders("foreign")
     part_of, change, words = FOREIGN[fault]

@@ -346,7 +346,7 @@ def test_training_shard_that_is_a_validation_shard_is_refused(how, small, data, 
     assert_refused(small("--steps", "4", *files, cwd=folder), folder, str(files[1]), str(shard))
 
 
-@pytest.mark.parametrize("tokens", [2, 3, 17, 1000, 1025, 2048])
+@pytest.mark.parametrize("tokens", [2, 1000, 2048])
 def test_advice_for_a_small_validation_stream_works(tokens, small, data, tmp_path):
     """With what the line advises the run validates, on at least half of what there is."""
     shards.write_shard(tmp_path / "few_000000.bin", random_documents(5, 4000)[:tokens])

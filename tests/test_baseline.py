@@ -387,6 +387,14 @@ def test_signal_leaves_a_whole_log(small, tmp_path):
     assert lines[-1] == "stopped by a signal after step " + re.match(r"step:(\d+)", lines[-2])[1]
 
 
+def test_run_outlives_its_reader(small, tmp_path):
+    command = [sys.executable, str(SCRIPT), *map(str, tiny_arguments("alone"))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("logs/alone.txt").read_text().splitlines()[-1].startswith("peak memory")
+
+
 def changed(path: str, position: int, value: int) -> None:
     data = np.fromfile(path, "<i4" if position < 256 else "<u2")
     data[position] = value

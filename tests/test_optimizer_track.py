@@ -482,6 +482,18 @@ def test_a_new_optimizer_is_the_readmes_function_and_command(tmp_path):
     assert re.search(r'"hyperparameters": {"lr": 0.01,', text) and '"optimizer": "mine"' in text
 
 
+def test_run_outlives_its_reader(tmp_path):
+    generator = np.random.default_rng(0)
+    for name, size in (("train", 8193), ("val", 257)):
+        shards.write_shard(tmp_path / f"{name}.bin", generator.integers(0, 257, size))
+    options = ["--steps", "2", "--train-files", "train.bin", "--val-files", "val.bin", "--val-tokens", "256"]
+    command = [sys.executable, SCRIPT, "--laptop", *options, "--run-id", "alone"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "logs" / "alone.txt").read_text().splitlines()[-1].startswith("peak memory")
+
+
 def test_loss_that_is_not_finite_ends_the_run_with_status_3(small):
     assert track.main(["--laptop", "--optimizer", "adamw", "--lr", "1e38"]) == 3
     assert re.fullmatch(r"loss is not finite: step \d", log_lines()[-1])

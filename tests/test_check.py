@@ -396,6 +396,7 @@ def test_script_of_this_repository_passes():
     assert [(row["check"], row["ok"], row["findings"]) for row in rows] == [(name, True, []) for name in program.CHECKS]
 
 
+@SLOW
 def test_cheat_fails_its_own_check_alone_with_status_1(tmp_path):
     lines = logbook("check", edited(tmp_path / "cheat.py", AHEAD), status=1).stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [

@@ -2338,11 +2338,8 @@ def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
     return torch.cat(rows).long().unique()
 
 
-def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
-    """The sequences (n, val_seq_len + 1), int32, that tile the first val_tokens of the data.
-
-    And the tokens of each shard they come from.
-    """
+def validation_stream(settings: Settings) -> tuple[np.ndarray, dict[str, int]]:
+    """The first val_tokens of the data and one more (uint16), and the tokens of each shard read."""
     need = settings.val_tokens + 1  # the last target is the next token
     stream = np.empty(0, np.uint16)
     sizes = {}
@@ -2366,8 +2363,15 @@ def validation_sequences(settings: Settings) -> tuple[Tensor, dict[str, int]]:
             f"{settings.val_files}: too few validation tokens: {len(stream):,}, but --val-tokens "
             f"{settings.val_tokens} needs one more than that; {remedy}"
         )
-    stream = torch.from_numpy(stream[:need].astype(np.int32))
-    return stream.unfold(0, length + 1, length), sizes
+    return stream[:need], sizes
+
+
+def validation_sequences(stream: np.ndarray, length: int) -> Tensor:
+    """The sequences (n, length + 1), int32, that tile a stream of n * length tokens and one more.
+
+    The last token of a sequence, which is no input of it, is the first of the next one.
+    """
+    return torch.from_numpy(stream.astype(np.int32)).unfold(0, length + 1, length)
 
 
 def prefetch(items: Iterator) -> Iterator:
@@ -2688,10 +2692,16 @@ def hardware_name(world: World) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]]) -> str:
+def sha256(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def log_header(
+    settings: Settings, world: World, files: dict[str, dict[str, int]], stream: np.ndarray
+) -> str:
     """Source, environment, settings and data: the log alone says what was run.
 
-    `files` has the tokens of each shard of "train" and "val".
+    `files` has the tokens of each shard of "train" and "val", `stream` those to validate on.
     """
     rule = "=" * 100
     source = Path(__file__).read_bytes()
@@ -2700,7 +2710,7 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
     lines = [
         source.decode().removesuffix("\n"),
         rule,
-        f"source: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}",
+        f"source: {len(source)} bytes, {sha256(source)}",
         f"python: {platform.python_version()}",
         f"pytorch: {torch.__version__}",
         f"cuda: {torch.version.cuda or 'none'}",
@@ -2716,7 +2726,9 @@ def log_header(settings: Settings, world: World, files: dict[str, dict[str, int]
     ]
     for part, sizes in files.items():
         for path, tokens in sizes.items():
-            lines.append(f"data: {part} {path} {tokens:,} tokens")
+            checksum = sha256(Path(path).read_bytes())
+            lines.append(f"data: {part} {path} {tokens:,} tokens, {checksum}")
+    lines.append(f"validation stream: {len(stream):,} tokens, {sha256(stream.tobytes())}")
     lines.append(rule)
     return "\n".join(lines)
 
@@ -2732,7 +2744,9 @@ class Log:
     Only rank 0 has them.
     """
 
-    def __init__(self, settings: Settings, world: World, files: dict[str, dict[str, int]]):
+    def __init__(
+        self, settings: Settings, world: World, files: dict[str, dict[str, int]], stream: np.ndarray
+    ):
         name = settings.run_id
         if not name:
             now = time.strftime("%Y%m%d-%H%M%S")
@@ -2745,7 +2759,7 @@ class Log:
         self.wandb = None
         if world.rank > 0:
             return
-        self.open(log_header(settings, world, files))
+        self.open(log_header(settings, world, files, stream))
         if settings.wandb:
             wandb = importlib.import_module("wandb")
             self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
@@ -3090,13 +3104,14 @@ def train(settings: Settings, world: World) -> None:
     """The whole run: set-up, warm-up, and the loop of steps and validations, with its log."""
     train_paths = find_shards(settings.train_files, settings.preset)
     plan, train_sizes = plan_batches(settings, train_paths)
-    sequences, val_sizes = validation_sequences(settings)
+    stream, val_sizes = validation_stream(settings)
+    sequences = validation_sequences(stream, settings.val_seq_len)
     check_apart(train_sizes, val_sizes)
     model, objective, optimizer = build(settings, world)
     first, milliseconds = 0, 0.0
     if settings.resume:
         first, milliseconds = resume(settings, model, optimizer)
-    log = Log(settings, world, {"train": train_sizes, "val": val_sizes})
+    log = Log(settings, world, {"train": train_sizes, "val": val_sizes}, stream)
     run = Run(settings, world, log, model, objective, optimizer, plan, sequences)
     try:
         how = compile_or_not(settings.compile)

@@ -92,7 +92,7 @@ def sequences(settings: train_gpt.Settings) -> Iterator[tuple[str, Tensor, tuple
         plan, _ = train_gpt.plan_batches(stage_alone(settings, stage, 1), paths)
         batch = next(train_gpt.training_batches(plan[:1], settings.model, range(1)))
         yield f"stage {number}", documents(batch[0]), stage.windows, True
-    sequence = train_gpt.validation_sequences(settings)[0][0]
+    sequence = train_gpt.validation_sequences(train_gpt.validation_stream(settings)[0], settings.val_seq_len)[0]
     last = train_gpt.schedule(settings, settings.total_steps).stage
     yield "validation", documents(sequence), last.windows, False
 

@@ -164,8 +164,10 @@ def require_stream(runs: list[Run], track: str) -> None:
         given = settings.get("val_tokens"), PurePath(str(settings.get("val_files"))).name
         if resumed := settings.get("resume"):
             raise Refused(f"{run.name}: goes on from {resumed}, and what came before is not in it")
-        if given != right:
+        if given != right[:2]:
             raise Refused("{}: validated on {} tokens of {}, not {} of {}".format(run.name, *given, *right))
+        if against := right.contradiction(run.header.validated, run.header.trained):
+            raise Refused(f"{run.name}: {against}")
 
 
 def require_legal(text: str, runs: list[Run], first: bool) -> str:

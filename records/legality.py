@@ -50,6 +50,7 @@ from torch.utils._config_module import ConfigModule
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
+from log_reader import read_log
 from rules import STREAMS
 from shards import write_shard
 
@@ -725,12 +726,26 @@ def validation(subject: Subject):
     """Validation is the mean loss of every token of the whole, unchanged stream."""
     for preset, stream in STREAMS.items():
         settings = subject.script.PRESETS[preset]
-        for name, given, right in zip(
-            ("val_tokens", "val_files"), (settings.val_tokens, Path(settings.val_files).name), stream
-        ):
-            if given != right:
-                yield f"{preset}: {name} is {given}, not {right}"
+        if settings.val_tokens != stream.tokens:
+            yield f"{preset}: val_tokens is {settings.val_tokens}, not {stream.tokens}"
+        if (files := Path(settings.val_files).name) != stream.files:
+            yield f"{preset}: val_files is {files}, not {stream.files}"
     yield from subject.runs.found("validation")
+    yield from checksums(subject.runs.ended("judged"))
+
+
+def checksums(folder: Path):
+    """Whether a log has the checksums of the data that its run had."""
+    stream = np.concatenate([np.fromfile(folder / f"x_val_{n}.bin", "<u2")[512:] for n in range(2)])
+    right = hashlib.sha256(stream[: VAL_TOKENS + 1].tobytes()).hexdigest()
+    shard = hashlib.sha256((folder / "x_train_0.bin").read_bytes()).hexdigest()
+    header = read_log(str(folder / "logs" / "run.txt")).runs[0].header
+    if header.validated is None or not header.trained:
+        yield Note("the log has no checksums of its data")
+    elif header.validated != right:
+        yield f"the log says that it validated on tokens with sha256 {header.validated}; it is {right}"
+    elif header.trained != {shard}:
+        yield f"the log says that it trained on shards with sha256 {', '.join(header.trained)}; it is {shard}"
 
 
 def learning(subject: Subject):

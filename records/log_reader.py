@@ -202,12 +202,15 @@ def find_script(file, sha256: str | None = None) -> Script:
 
 MARKS = re.compile(
     rb"\n(?:s(?:tep)?:[ \t]*\d|peak memory|={100}(?=\r?\n)|hardware: |world size: |git: |settings: \{"
-    rb"|\|[ \t]+\d+[ \t]+[A-Z])"
+    rb"|data: train |validation stream: |\|[ \t]+\d+[ \t]+[A-Z])"
 )
 # llm.c wrote `s:250 tel:6.1710`, all since then `step:250/1390 val_loss:3.9012 train_time:14210ms step_avg:56.84ms`.
 TRAINING_LINE = re.compile(
     rb"s(?:tep)?:[ \t]*(\d{1,12})(?:/(\d{1,12}))?[ \t].*?(?:val_loss|tel|train_loss|trl|train_time):"
 )
+# Of a training shard's file, and of the tokens that were validated on.
+TRAIN_SUM = re.compile(rb"data: train .* tokens, sha256 ([0-9a-f]{64})")
+STREAM_SUM = re.compile(rb"validation stream: .* tokens, sha256 ([0-9a-f]{64})")
 # name, number, unit, and what should not be there
 FIELD = re.compile(
     rb"[ \t](val_loss|tel|train_time|step_avg):[ \t]*(nan|inf|\d{1,20}(?:\.\d{0,20})?)?(?:[ \t]?(ms|s)(?!\S))?(\S*)"
@@ -227,6 +230,8 @@ class Header:
     hardware: str | None = None
     world_size: int | None = None
     commit: str | None = None
+    validated: str | None = None  # SHA-256 of the tokens that were validated on
+    trained: frozenset[str] = frozenset()  # SHA-256 of the training shards
 
 
 @dataclass(eq=False)
@@ -347,6 +352,10 @@ class LogReader:
         elif line.startswith((b"hardware: ", b"world size: ", b"git: ", b"settings: ")):
             name, _, value = line.decode(errors="replace").partition(": ")
             self.said[name] = value.strip()
+        elif match := STREAM_SUM.fullmatch(line):
+            self.said["validated"] = match[1].decode()
+        elif match := TRAIN_SUM.fullmatch(line):
+            self.trained.add(match[1].decode())
         elif line.startswith(b"s"):
             if line != self.last_validation:
                 self.add_training_line(offset, line)
@@ -407,6 +416,8 @@ class LogReader:
             hardware=self.said.get("hardware") or cards or None,
             world_size=read_count(self.said.get("world size", "")),
             commit=self.said.get("git"),
+            validated=self.said.get("validated"),
+            trained=frozenset(self.trained),
         )
         self.run = Run(self.path, len(self.log.runs) + 1, total, header)
         self.log.runs.append(self.run)
@@ -417,6 +428,7 @@ class LogReader:
         self.read_last_line()
         self.run = self.last_validation = None
         self.said = {}  # by the header's lines
+        self.trained = set()
         self.gpus = []  # names of the cards in nvidia-smi's table
 
     def read_last_line(self) -> None:

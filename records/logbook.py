@@ -55,6 +55,8 @@ from leaderboard import PUBLIC, RECORDS, leaderboard, progress
 from log_reader import (
     MAX_SOURCE,
     NO_SCRIPT,
+    STREAM_SUM,
+    TRAIN_SUM,
     Run,
     find_script,
     find_sources,
@@ -344,7 +346,7 @@ CHECKS = (
     "causal", "normalized", "documents", "validation", "learning", "clock", "warm_up", "world_size", "compiler",
 )  # fmt: skip
 STARTING = 300  # seconds that PyTorch may take to be imported
-SETTINGS_MARK = re.compile(rb"\nsettings: \{")
+DATA_MARK = re.compile(rb"\n(?:settings: \{|data: train |validation stream: )")  # what a log says of its data
 
 
 def check(args) -> int:
@@ -398,7 +400,7 @@ def check_cells(row: dict) -> list[str]:
 
 
 def find_checked(file: str, folder: Path) -> tuple[Path, dict]:
-    """The script to check, which of a log is put into `folder`; and of a log, what `judge_settings` says."""
+    """The script to check, which of a log is put into `folder`; and of a log, what `judge_data` says."""
     with open_log(file) as opened:
         if file.endswith(".py"):
             return Path(file).resolve(), {"findings": [], "not_judged": None}
@@ -409,16 +411,19 @@ def find_checked(file: str, folder: Path) -> tuple[Path, dict]:
         for name, text in find_script(opened).files().items():
             (folder / (name or "train_gpt.py")).write_bytes(text)
         opened.seek(max((end for _, end, _ in find_sources(opened).proved), default=0))
-        lines = [line for _, line, _ in marked_lines(opened, SETTINGS_MARK)]
-        return folder / "train_gpt.py", judge_settings(lines)
+        lines = [line for _, line, _ in marked_lines(opened, DATA_MARK)]
+        return folder / "train_gpt.py", judge_data(lines)
 
 
-def judge_settings(lines: list[bytes]) -> dict:
-    """Whether a log's runs validated on the whole stream of their preset, by its lines of settings."""
-    if not lines:
+def judge_data(lines: list[bytes]) -> dict:
+    """Whether a log's runs had the data of their preset, by its lines of settings and checksums."""
+    settings_lines = [line for line in lines if line.startswith(b"settings: ")]
+    if not settings_lines:
         return {"findings": [], "not_judged": "the log has no settings, which say what its run validated on"}
     findings, unable = [], None
-    for line in lines:
+    streams = {match[1].decode() for line in lines if (match := STREAM_SUM.fullmatch(line))}
+    shards = {match[1].decode() for line in lines if (match := TRAIN_SUM.fullmatch(line))}
+    for line in settings_lines:
         try:
             settings = json.loads(line.partition(b": ")[2])
             preset, resumed = settings["preset"], settings.get("resume")
@@ -429,8 +434,11 @@ def judge_settings(lines: list[bytes]) -> dict:
         right = STREAMS.get(preset)
         if right is None:
             unable = f"the log's preset is {preset}, and there are rules for {' and '.join(STREAMS)}"
-        elif given != right:
+        elif given != right[:2]:
             findings.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right))
+        else:
+            against = {right.contradiction(validated, shards) for validated in streams or {None}}
+            findings += [f"the log's run {each}" for each in sorted(against - {None})]
         if resumed:
             unable = f"the log's run went on from {resumed}, and what came before is not in it"
     return {"findings": findings, "not_judged": unable}

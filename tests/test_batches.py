@@ -25,6 +25,7 @@ from train_gpt import (
     read_shard,
     training_batches,
     validation_sequences,
+    validation_stream,
 )
 
 BOS = TINY.model.bos_id
@@ -283,7 +284,8 @@ def test_one_epoch_of_the_embedded_corpus_feeds_the_recipes_tiny_run(tmp_path):
     rows = [(stage.steps, stage.batch_tokens, stage.max_seq_len) for stage in TINY.all_stages]
     expected = cut_batches([np.concatenate(train).tolist()], steps_of(rows)[: TINY.total_steps], TINY.slices)
     assert [batch.tolist() for batch in training_batches(plan, TINY.model, range(TINY.slices))] == expected
-    sequences, _ = validation_sequences(replace(TINY, val_files=str(tmp_path / Path(TINY.val_files).name)))
+    settings = replace(TINY, val_files=str(tmp_path / Path(TINY.val_files).name))
+    sequences = validation_sequences(validation_stream(settings)[0], TINY.val_seq_len)
     assert sequences.shape == (TINY.val_tokens // TINY.val_seq_len, TINY.val_seq_len + 1)
 
 
@@ -297,7 +299,7 @@ def test_validation_sequences_tile_the_stream_and_end_with_its_next_token(sizes,
     rng = random.Random(sum(sizes))
     streams = [[BOS, *(rng.randrange(257) for _ in range(size - 1))] for size in sizes]
     settings = replace(TINY, val_files=write(tmp_path, streams, "val"), val_tokens=100, val_seq_len=25)
-    sequences, _ = validation_sequences(settings)
+    sequences = validation_sequences(validation_stream(settings)[0], settings.val_seq_len)
     stream = list(itertools.chain(*streams))
     assert sequences.dtype == torch.int32
     assert sequences.tolist() == [stream[start : start + 26] for start in (0, 25, 50, 75)]
@@ -306,7 +308,8 @@ def test_validation_sequences_tile_the_stream_and_end_with_its_next_token(sizes,
 def test_validation_neither_cuts_documents_nor_skips_the_tokens_before_the_first_bos(tmp_path):
     stream = [7, 7, 7] + document(60, 1) + document(60, 2)
     settings = replace(TINY, val_files=write(tmp_path, [stream], "val"), val_tokens=100, val_seq_len=50)
-    sequences, sizes = validation_sequences(settings)
+    read, sizes = validation_stream(settings)
+    sequences = validation_sequences(read, settings.val_seq_len)
     assert sequences[0, :50].tolist() + sequences[1].tolist() == stream[:101]
     assert list(sizes.values()) == [123]
 

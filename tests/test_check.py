@@ -170,6 +170,7 @@ CHEATS = {
         ],
         "a sum that is divided by more": [("(sequences.size(1) - 1)", "sequences.size(1)")],
         "a shorter stream": [("setting(10_485_760", "setting(1_048_576")],
+        "the checksum of another stream": [("sha256(stream.tobytes())", "sha256(stream[1:].tobytes())")],
         "tokens after BOS left out": [(SUM, SUM.replace("losses.", "losses[tokens[:-1] != model.config.bos_id]."))],
         "a sequence repeated at the last validation": [
             before(
@@ -448,6 +449,24 @@ def test_settings_of_a_log_must_name_the_whole_stream_or_it_is_not_judged(settin
     assert script.read_bytes() == source
     assert [finding in each for each in said["findings"]] == [True] * bool(finding)
     assert unable in said["not_judged"] if unable else said["not_judged"] is None
+
+
+TINY_STREAM = {"preset": "tiny", "val_tokens": 524_288, "val_files": "data/sympy/sympy_val_*.bin", "resume": ""}
+
+
+def test_checksums_of_a_log_must_be_those_of_the_data(tmp_path):
+    stream = program.STREAMS["tiny"]
+
+    def findings(*sums):
+        lines = [f"settings: {json.dumps(TINY_STREAM)}", *sums]
+        return program.judge_data([line.encode() for line in lines])["findings"]
+
+    validated = "validation stream: 524,289 tokens, sha256 "
+    trained = "data: train a_train_000001.bin 5,000 tokens, sha256 "
+    assert findings() == []  # older logs have none
+    assert findings(validated + stream.sha256, trained + min(stream.train)) == []
+    assert "validated on other tokens" in findings(validated + "0" * 64)[0]
+    assert "trained on other shards" in findings(validated + stream.sha256, trained + "0" * 64)[0]
 
 
 def test_what_parses_as_python_is_a_script_whatever_its_name(tmp_path):

@@ -1013,11 +1013,15 @@ def test_log_begins_with_the_source_and_its_hash(example):
     assert log[len(source) :].startswith(f"{RULE}\nsource: {len(source)} bytes, sha256 {digest}\n".encode())
 
 
+def checksum(content):
+    return f"sha256 {hashlib.sha256(content).hexdigest()}"
+
+
 def test_log_names_environment_settings_and_data_in_order(command, data, tmp_path):
     assert command("--steps", "5", "--val-every", "2", "--seed", "7").returncode == 0
     header = only_log(tmp_path).read_bytes()[SCRIPT.stat().st_size :].decode().split(f"{RULE}\n")[1].splitlines()
     keys = ["source", "python", "pytorch", "cuda", "triton", "hardware", "world size", "git", "settings"]
-    assert [line.partition(": ")[0] for line in header] == [*keys, "data", "data", "data"]
+    assert [line.partition(": ")[0] for line in header] == [*keys, "data", "data", "data", "validation stream"]
     values = dict(line.split(": ", 1) for line in header[: len(keys)])
     assert values["python"] == ".".join(map(str, sys.version_info[:3]))
     assert values["pytorch"] == torch.__version__
@@ -1025,11 +1029,14 @@ def test_log_names_environment_settings_and_data_in_order(command, data, tmp_pat
     assert values["hardware"].endswith(f", {os.cpu_count()} cores") and len(values["hardware"]) > 12
     assert values["world size"] == "1"
     paths = ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin")
-    assert header[len(keys) :] == [
-        f"data: {path.split('_')[1]} {data / path} {count} tokens"
+    settings = json.loads(values["settings"])
+    assert header[len(keys) : -1] == [
+        f"data: {path.split('_')[1]} {data / path} {count} tokens, {checksum((data / path).read_bytes())}"
         for path, count in zip(paths, ("40,000", "40,000", "3,000"))
     ]
-    settings = json.loads(values["settings"])
+    # The last target is the token after the last input. A shard begins with 1,024 bytes of header.
+    stream = (data / paths[-1]).read_bytes()[1024:][: 2 * (settings["val_tokens"] + 1)]
+    assert header[-1] == f"validation stream: {settings['val_tokens'] + 1:,} tokens, {checksum(stream)}"
     assert {name: settings[name] for name in ("preset", "steps", "seed", "dtype", "val_every", "slices")} == {
         "preset": "tiny", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
     }  # fmt: skip

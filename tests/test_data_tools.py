@@ -32,6 +32,7 @@ import pytest
 import shards
 import text
 from command import UserError
+from rules import STREAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIKTOKEN_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", ROOT.parent / "shared" / "tiktoken_cache"))
@@ -998,6 +999,14 @@ def embedded_corpus(tmp_path_factory):
 def test_embedded_corpus_is_the_same_bytes_everywhere(embedded_corpus):
     for name, sha256 in SYMPY_SHA256.items():
         assert hashlib.sha256((embedded_corpus / name).read_bytes()).hexdigest() == sha256
+
+
+@needs_pinned_sympy
+def test_rules_know_the_checksums_of_the_embedded_corpus(embedded_corpus):
+    stream = STREAMS["tiny"]
+    tokens = (embedded_corpus / "sympy_val_000000.bin").read_bytes()[1024:][: 2 * (stream.tokens + 1)]
+    assert hashlib.sha256(tokens).hexdigest() == stream.sha256
+    assert {hashlib.sha256(path.read_bytes()).hexdigest() for path in embedded_corpus.glob("*train*")} == stream.train
 
 
 @needs_pinned_sympy

@@ -1036,6 +1036,21 @@ def other_stream(records):
     put_c(records, val_tokens=1000)
 
 
+def with_line(records, line):
+    """Such a log whose header has one more line."""
+    put_c(records)
+    for path in (records / "tiny" / C).glob("*.txt"):
+        path.write_bytes(path.read_bytes().replace(b"\ndata: train", f"\n{line}\ndata: train".encode()))
+
+
+def other_validation_tokens(records):
+    with_line(records, f"validation stream: 524,289 tokens, sha256 {'ab' * 32}")
+
+
+def other_training_shard(records):
+    with_line(records, f"data: train elsewhere/sympy_train_000001.bin 5,000 tokens, sha256 {'cd' * 32}")
+
+
 def resumed(records):
     put_c(records, resume="logs/a_step000010.pt")
 
@@ -1101,6 +1116,8 @@ def no_readme(records):
         (copies, "not significant: n = 2, mean loss 1.4150"),
         (above, "not significant: n = 3, mean loss 1.4420, target 1.44, p = 0.9"),
         (other_stream, "validated on 1000 tokens of sympy_val_*.bin, not 524288 of sympy_val_*.bin"),
+        (other_validation_tokens, f"validated on other tokens: their sha256 is {'ab' * 32}, not "),
+        (other_training_shard, f"trained on other shards, one with sha256 {'cd' * 32}"),
         (no_settings, "validated on None tokens"),
         (resumed, "goes on from logs/a_step000010.pt, and what came before is not in it"),
         (mixed, "holds runs of 2 experiments: "),

@@ -129,6 +129,10 @@ class Layer:
     value_embeds: int | None = None
     # Exclusive self attention: the output loses a part of its token's own value [82].
     xsa: bool = False
+    # Each head's output has a gate [28].
+    attention_gate: bool = False
+    # Dynamically composed heads: each also sees through the eyes of the others [85].
+    dc: bool = False
     # Attention reads the residual stream as it was after that layer [77].
     single_input: int | None = None
     # Before the layer, the residual stream as it was after that layer is added, gated [55].
@@ -136,6 +140,9 @@ class Layer:
     # MUDD [81]: three earlier layers whose outputs are mixed in with weights that each token
     # computes. The first one is mixed in before this layer, all three after the last layer.
     mudd: tuple[int, int, int] | None = None
+    # A small network reads the residual stream before this layer, and makes the gates of this one
+    # and of those after it, up to the next that has such a network [85]; see `gate_networks`.
+    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,10 @@ class ModelConfig:
     dim: int = setting(768, "width of the residual stream", low=1)
     heads: int = setting(6, "attention heads", low=1)
     attention_scale: float = setting(0.1, "factor of the attention logits")
-    bigram_rows: int = setting(15, "rows of the bigram table, times the padded vocabulary", low=1)
-    bigram_dim: int = setting(192, "channels that the bigram embedding is added to", low=1)
+    bigram_rows: float = setting(
+        7.5, "rows of the bigram table, times the padded vocabulary", low=0.001
+    )
+    bigram_dim: int = setting(768, "channels that the bigram embedding is added to", low=1)
     # Techniques.
     smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
@@ -179,15 +188,21 @@ class ModelConfig:
     paired_heads: bool = setting(True, "paired heads [58]")
     key_offset: bool = setting(True, "partial key offset in layers with a long window [49]")
     xsa: bool = setting(True, "learnable exclusive self attention [82]")
-    attention_gate: bool = setting(True, "sparse attention gate [28]")
+    attention_gate: bool = setting(True, "gates of attention's heads [28]")
+    dc: bool = setting(True, "dynamically composed heads; they need the networks of --gates [85]")
     single_input: bool = setting(True, "one activation feeds the last attention layers [77]")
     skip: bool = setting(True, "gated skip connection [55]")
     mudd: bool = setting(True, "MUDD connections [81]")
+    gates: bool = setting(True, "gates that small networks make; false: learned scalars [85]")
     head_pairs: bool = setting(True, "orthogonalize Q and K two heads at a time [80]")
 
     @property
     def padded_vocab(self) -> int:
         return math.ceil(self.vocab_size / 128) * 128
+
+    @property
+    def bigram_table_rows(self) -> int:
+        return round(self.bigram_rows * self.padded_vocab)
 
     @property
     def rows(self) -> tuple[Layer, ...]:
@@ -196,6 +211,8 @@ class ModelConfig:
         for column in fields(Layer):
             if getattr(self, column.name, True) is False:
                 emptied[column.name] = column.default
+        if not self.gates:
+            emptied["dc"] = False
         return tuple(replace(layer, **emptied) for layer in self.layers)
 
     def layers_with(self, column: str) -> list[int]:
@@ -289,43 +306,48 @@ class Settings:
 
 # The record's network: 11 layers, most with a short window, four with paired heads.
 # Layer 6 has no attention, and takes in layer 3's output instead. The last three read what layer 7
-# left; the last one mixes in earlier layers by MUDD.
+# left; the last one mixes in earlier layers by MUDD. Networks before layers 0 and 4 make the gates.
 RECORD_LAYERS = (
-    Layer(paired_heads=True),
+    Layer(paired_heads=True, gates=True),
     Layer(value_embeds=0, xsa=True),
     Layer(paired_heads=True, value_embeds=1),
-    Layer(window="long", xsa=True),
-    Layer(xsa=True),
+    Layer(window="long", xsa=True, attention_gate=True),
+    Layer(xsa=True, gates=True),
     Layer(paired_heads=True),
     Layer(attention=False, skip=3),
     Layer(xsa=True),
-    Layer(value_embeds=2, xsa=True, single_input=7),
+    Layer(value_embeds=2, single_input=7),
     Layer(paired_heads=True, value_embeds=3, single_input=7),
-    Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
+    Layer(
+        window="long", value_embeds=4, attention_gate=True, dc=True, single_input=7, mudd=(7, 9, 3)
+    ),
 )
 # Batches, windows and learning rates grow together: small batches make the most of early steps,
 # large ones of late steps. A larger batch tolerates a larger rate.
 RECORD_STAGES = (
     Stage(
-        steps=460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
+        steps=423, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
         mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
     ),
     Stage(
-        steps=460, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
+        steps=424, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
         mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
     ),
     Stage(
-        steps=460, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
+        steps=423, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
         mtp=((1, 0, 0), (1, 0, 0)),
     ),
 )
 # The laptop's network has one of each, at a thirtieth of the size: 3.8M matrix parameters.
 TINY_LAYERS = (
-    Layer(paired_heads=True, value_embeds=0),
-    Layer(window="long", xsa=True),
+    Layer(paired_heads=True, value_embeds=0, attention_gate=True, gates=True),
+    Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
-    Layer(value_embeds=1, xsa=True),
-    Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=(3, 2, 1)),
+    Layer(value_embeds=1, xsa=True, attention_gate=True),
+    Layer(
+        window="long", value_embeds=2, xsa=True, attention_gate=True, dc=True, single_input=3,
+        mudd=(3, 2, 1),
+    ),
 )
 TINY_STAGES = (
     Stage(
@@ -347,11 +369,14 @@ PRESETS = {
         preset="record",
         model=ModelConfig(RECORD_LAYERS),
         stages=RECORD_STAGES,
-        extension=replace(RECORD_STAGES[-1], steps=10, windows=(768, 1664)),
+        extension=replace(RECORD_STAGES[-1], steps=15, windows=(768, 1664)),
     ),
     "tiny": Settings(
         preset="tiny",
-        model=ModelConfig(TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_dim=64),
+        model=ModelConfig(
+            TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_rows=15,
+            bigram_dim=64,
+        ),
         stages=TINY_STAGES,
         extension=replace(TINY_STAGES[-1], steps=10),
         train_files="data/sympy/sympy_train_*.bin",
@@ -438,7 +463,8 @@ class ParameterRow(NamedTuple):
 class Mix(NamedTuple):
     """What a layer multiplies before it adds up, a number for each token (T, 1).
 
-    Learned scalars, the same for all tokens; in MUDD's layer each token computes its own.
+    Learned scalars, the same for all tokens; but x0's and the bigram's each token computes, and in
+    MUDD's layer all of them.
     """
 
     attn_resid: Tensor  # the residual stream, when attention's output is added
@@ -490,6 +516,40 @@ class MuddAfter(NamedTuple):
 MUDD_SCALE = 0.1  # what MUDD's networks put out is multiplied by this
 
 
+class Gate(NamedTuple):
+    """What a gate network makes of each token for one layer [85]."""
+
+    layer: int
+    name: str
+    width: int  # 1, or one coefficient a head
+    start: float  # its value at init
+
+
+def gate_networks(config: ModelConfig) -> list[list[Gate]]:
+    """What each gate network makes, in the order of its outputs; none with `--gates false`."""
+    networks = []
+    heads = config.heads
+    for layer, row in enumerate(config.rows):
+        if row.gates:
+            networks.append([])
+        if not networks:
+            return []
+        if row.xsa:
+            networks[-1].append(Gate(layer, "xsa_alphas", heads, 0))
+        if row.attention_gate:
+            networks[-1].append(Gate(layer, "head_gates", heads, 0.25))
+        if row.attention and row.mudd is None:  # MUDD makes its own
+            networks[-1].append(Gate(layer, "x0", 1, 0))
+            if config.bigram:
+                networks[-1].append(Gate(layer, "bigram", 1, 0.05))
+        if row.skip is not None:
+            networks[-1].append(Gate(layer, "skip", 1, 0.5))
+        if row.dc:
+            networks[-1].append(Gate(layer, "dc_in", heads, 1))
+            networks[-1].append(Gate(layer, "dc_out", heads, 0))
+    return networks
+
+
 def qk_shape(config: ModelConfig) -> tuple[int, int, int]:
     """Of the bank of Q and K, whose matrices are orthogonalized one by one.
 
@@ -525,7 +585,7 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
         table[name] = ParameterRow(kind, shape, init, betas, lr, wd, layers) if when else None
 
     # Tables of vocabulary size, and the banks of matrices.
-    bigram_shape = config.bigram_rows * vocab, config.bigram_dim
+    bigram_shape = config.bigram_table_rows, config.bigram_dim
     add("bigram_table", "table", bigram_shape, constant(0), (0.75, 0.95), 75, 5, config.bigram)
     add("lm_head", "table", (dim, vocab), normal(0.005), (0.5, 0.95), 1, 150)
     add("embed", "table", (vocab, dim), transpose_of("lm_head"), (0.5, 0.95), 1, 150)
@@ -540,15 +600,18 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     # What every layer has, whatever its row says; see `Mix`. The pairs are for attention and MLP.
     add("resid_lambdas", "scalar", (count, 2), constant(RESID_START), (0.9, 0.95), 5, 0)
     add("post_lambdas", "scalar", (count, 2), constant(1), (0.9, 0.95), 1, 0)
-    add("x0_lambdas", "scalar", (count,), constant(0), (0.9, 0.95), 1, 0)
-    add("bigram_lambdas", "scalar", (count,), constant(0.05), (0.9, 0.95), 1, 0, config.bigram)
+    networks = gate_networks(config)  # which make what is learned directly without them
+    learned = not networks
+    bigram = config.bigram and learned
+    add("x0_lambdas", "scalar", (count,), constant(0), (0.9, 0.95), 1, 0, learned)
+    add("bigram_lambdas", "scalar", (count,), constant(0.05), (0.9, 0.95), 1, 0, bigram)
     # The scalars that multiply the matrices Q, K, V and O of a layer [47].
     add("qkv_lambdas", "scalar", (len(attending),), constant(0.5), (0.9, 0.99), 5, 0)
     add("out_lambdas", "scalar", (len(attending),), constant(1), (0.9, 0.99), 5, 0)
 
     # What the layers have whose row says so.
-    xsa = config.layers_with("xsa")
-    has_gate = attending if config.attention_gate else []
+    xsa = config.layers_with("xsa") if learned else []
+    has_gate = config.layers_with("attention_gate") if learned else []
     add("xsa_alphas", "scalar", (heads,), constant(0), (0.9, 0.95), 1, 0, layers=xsa)
     add("attention_gates", "gate", (heads, 12), constant(0), (0.9, 0.99), 1, 1, layers=has_gate)
     add("value_gates", "gate", (heads, 12), constant(0), (0.9, 0.99), 1, 1, layers=gated)
@@ -558,7 +621,7 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     add("smear_lambda", "scalar", (1,), constant(0), (0.9, 0.99), 5, 0, config.smear)
     add("smear_gate", "gate", (12,), constant(0), (0.9, 0.99), 0.01, 0, config.smear)
     add("skip_lambda", "scalar", (1,), constant(-1.5), (0.9, 0.99), 5, 0, skips)
-    add("skip_gate", "gate", (12,), constant(0), (0.9, 0.99), 0.05, 0, skips)
+    add("skip_gate", "gate", (12,), constant(0), (0.9, 0.99), 0.05, 0, skips and learned)
 
     # MUDD's two networks of one hidden layer of 64, one before its layer and one after the last.
     mixes = len(mudd) > 0
@@ -568,6 +631,18 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     add("mudd_w1", "gate", (2, 64, dim), kaiming, (0.9, 0.99), 0.25, 1, mixes)
     add("mudd_w2", "gate", (len(starts), 64), constant(0), (0.9, 0.99), 0.25, 1, mixes)
     add("mudd_bias", "scalar", (len(starts),), bias, (0.9, 0.99), 0.25, 0, mixes)
+
+    # The networks of the gates are like MUDD's, but for one learned scale of all of them.
+    made = len(networks) > 0
+    starts = []
+    for gate in itertools.chain(*networks):
+        starts += [gate.start] * gate.width
+    bias = stored(tuple(starts), MUDD_SCALE)
+    w1_shape, w2_shape = (len(networks), 64, dim), (len(starts), 64)
+    add("gates_w1", "gate", w1_shape, kaiming, (0.9, 0.99), 0.1, 1, made)
+    add("gates_w2", "gate", w2_shape, constant(0), (0.9, 0.99), 0.1, 1, made)
+    add("gates_bias", "scalar", (len(starts),), bias, (0.9, 0.99), 0.1, 0, made)
+    add("gates_scale", "scalar", (1,), constant(MUDD_SCALE), (0.9, 0.99), 0.1, 0, made)
     return table
 
 
@@ -1316,9 +1391,12 @@ def block_lists(some: Tensor, full: Tensor, block: Tensor, dim: int) -> tuple[Te
 #   queries 2 |         |    ....x|xxxx     |
 
 
-def banded_mask(docs: Tensor, window: int) -> Tensor:
-    """The allowed pairs (chunks, 1, C, 2C) of the queries of a chunk and the keys of two."""
-    size = max(min(window, len(docs)), 1)
+def banded_mask(docs: Tensor, window: int, size: int | None = None) -> Tensor:
+    """The allowed pairs (chunks, 1, C, 2C) of the queries of a chunk and the keys of two.
+
+    C is `size`, by default the window.
+    """
+    size = max(min(size or window, len(docs)), 1)
     # A chunk of nothing before the first, and what fills up the last, are a document of their own.
     padded = F.pad(docs, (size, -len(docs) % size), value=-1)
     docs_of_keys = padded.unfold(0, 2 * size, size)  # (chunks, 2C)
@@ -1352,20 +1430,53 @@ def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) 
 
     Matmuls and a softmax, compiled, take half the time of scaled_dot_product_attention on a CPU.
     """
+    weights = banded_weights(q, k, mask, scale)
+    y = weights.to(q.dtype) @ and_chunk_before(chunks(v, mask.size(2)))  # (chunks, H, C, d)
+    return y.transpose(1, 2).flatten(0, 1)[: len(q)]
+
+
+def chunks(x: Tensor, size: int) -> Tensor:
+    """x (T, H, d) as (1 + chunks, H, C, d): a chunk of zeros, then x, filled up with zeros."""
+    x = F.pad(x, (0, 0, 0, 0, size, -len(x) % size))
+    return x.unflatten(0, (-1, size)).transpose(1, 2)
+
+
+def and_chunk_before(x: Tensor) -> Tensor:
+    """From `chunks`, each but the first after the one before it: (chunks, H, 2C, d)."""
+    return torch.cat((x[:-1], x[1:]), dim=2)
+
+
+def banded_weights(q: Tensor, k: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """softmax(scale * q k^T, where allowed), float32 (chunks, H, C, 2C), of q, k (T, H, d)."""
+    size = mask.size(2)
+    keys = and_chunk_before(chunks(k, size))
+    logits = (chunks(q, size)[1:] @ keys.mT).float() * scale
+    return logits.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+# Dynamically composed heads [85] (after arXiv 2405.08553): a head has its own attention, and besides
+# it a mixture of what all heads attend to, both with weights that each token computes. The mixture
+# looks back DC_WINDOW tokens whatever the layer's window is.
+DC_WINDOW = 112
+
+
+@region
+def compose_heads(
+    y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_in: Tensor, w_out: Tensor, mask: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Attention's output y (T, H, d), and of each head h w_out[h] * (sum over g of w_in[g] P_g) v_h.
+
+    P_g are the probabilities of head g; w_in (T, H), normed, and w_out (T, H) are each token's.
+    """
     length, size = len(q), mask.size(2)
-
-    def chunks(x: Tensor) -> Tensor:
-        """(1 + chunks, H, C, d): a chunk of zeros, then x, filled up with zeros."""
-        x = F.pad(x, (0, 0, 0, 0, size, -length % size))
-        return x.unflatten(0, (-1, size)).transpose(1, 2)
-
-    q, k, v = chunks(q)[1:], chunks(k), chunks(v)
-    k = torch.cat((k[:-1], k[1:]), dim=2)  # (chunks, H, 2C, d)
-    v = torch.cat((v[:-1], v[1:]), dim=2)
-    logits = (q @ k.mT).float() * scale  # (chunks, H, C, 2C)
-    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
-    y = weights.to(q.dtype) @ v  # (chunks, H, C, d)
-    return y.transpose(1, 2).flatten(0, 1)[:length]
+    w_in = F.rms_norm(w_in.float(), (w_in.size(1),), eps=1e-6).to(q.dtype)
+    shares = chunks(w_in[:, :, None], size)[1:]  # (chunks, H, C, 1)
+    mixture = (shares * banded_weights(q, k, mask, scale)).sum(1).to(q.dtype)  # (chunks, C, 2C)
+    # One product for all heads.
+    values = and_chunk_before(chunks(v.flatten(1)[:, None], size))[:, 0]  # (chunks, 2C, H d)
+    mixed = (mixture @ values).flatten(0, 1)[:length].view_as(y)
+    return (y.float() + w_out[:, :, None].float() * mixed.float()).to(y.dtype)
 
 
 # 5. Model =========================================================================================
@@ -1429,12 +1540,8 @@ def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
 def begin_stream(
     x: Tensor, tokens: Tensor, begins: Tensor, smear_gate: Tensor | None,
     smear_lambda: Tensor | None, bigram_table: Tensor | None, bigram_signs: Tensor | None,
-    bigram_factor: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x0 (T, D), the residual stream at its start (T, D), and the bigram embedding (T, channels).
-
-    From the embeddings x (T, D) of the tokens; `bigram_factor` (T, 1) is layer 0's.
-    """
+) -> tuple[Tensor, Tensor | None]:
+    """x0 (T, D) and the bigram embedding (T, channels), from the tokens' embeddings x (T, D)."""
     if smear_gate is not None:
         # Each token takes up some of the one before it [34].
         gate = torch.sigmoid(x[:, :12] @ smear_gate)
@@ -1442,21 +1549,27 @@ def begin_stream(
         x = x + torch.where(begins[:, None], 0, taken)
     x0 = norm(x)
     if bigram_table is None:
-        return x0, x0, None
+        return x0, None
     # Rows of the table are shared by many bigrams. Random signs, drawn by another hash, let a row
     # tell those apart that differ in it [83].
     sign_rows = (previous(tokens, begins) ^ tokens) % len(bigram_signs)
     signs = F.embedding(sign_rows, bigram_signs)
     bigram = F.embedding(bigram_hash(tokens, begins, len(bigram_table)), bigram_table) * signs
-    return x0, x0 + widen(bigram_factor * bigram, x0.size(1)), bigram
+    return x0, bigram
+
+
+@region
+def add_bigram(x: Tensor, bigram: Tensor, factor: Tensor) -> Tensor:
+    """x (T, D) and factor (T, 1) times the bigram embedding, in the channels that it has."""
+    return x + widen(factor * bigram, x.size(1))
 
 
 @region
 def project(
     x: Tensor, added: Tensor | None, begins: Tensor, rotary: tuple[Tensor, Tensor],
     w: dict[str, Tensor | None], heads: int, *, offset: bool, paired: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
-    """q, k and v for `attend`, and the gate (T, H, 1) of its output, from the residual stream x.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k and v for `attend`, and the gate (T, H) of its output, from the residual stream x.
 
     `added` (T, D) is added to v: the token's row of value embeddings, or what MUDD makes.
     """
@@ -1480,9 +1593,9 @@ def project(
         k = torch.cat((turning, previous(still, begins)), dim=-1)
     if paired:
         q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
-    gate = 1
+    gate = w["head_gates"]  # made by a network [85]
     if w["attention_gates"] is not None:
-        gate = torch.sigmoid(a[:, :12] @ w["attention_gates"].T)[:, :, None]  # [28]
+        gate = torch.sigmoid(a[:, :12] @ w["attention_gates"].T)  # learned directly [28]
     cos, sin = rotary
     return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
@@ -1502,7 +1615,7 @@ def unpair_heads(x: Tensor) -> Tensor:
 
 @region
 def add_attention(
-    x: Tensor, y: Tensor, v: Tensor, gate: Tensor | int, x0: Tensor, bigram: Tensor | None,
+    x: Tensor, y: Tensor, v: Tensor, gate: Tensor | None, x0: Tensor, bigram: Tensor | None,
     w: dict[str, Tensor | None], mix: Mix, *, paired: bool,
 ) -> Tensor:
     """The residual stream x (T, D) after attention, of which `attend` made y from the values v."""
@@ -1510,13 +1623,16 @@ def add_attention(
         y, v = unpair_heads(y), unpair_heads(v)
     if w["xsa_alphas"] is not None:
         # XSA [82]: without tanh(alpha) of the part of y that is parallel to the token's own value.
-        alpha = w["xsa_alphas"].tanh()[:, None]
+        # An alpha is a head's, (H,), or a token's and head's, (T, H).
+        alpha = w["xsa_alphas"].tanh().unsqueeze(-1)
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
         y = y - alpha * along * v
-    y = (gate * y).flatten(1) @ w["out"].T
+    if gate is not None:
+        y = gate[:, :, None] * y
+    y = y.flatten(1) @ w["out"].T
     x = mix.attn_resid * x + mix.attn_post * y + mix.x0 * x0
     if bigram is not None:
-        x = x + widen(mix.bigram * bigram, x.size(1))
+        x = add_bigram(x, bigram, mix.bigram)
     return x
 
 
@@ -1527,15 +1643,25 @@ def add_mlp(x: Tensor, w: dict[str, Tensor | None], mix: Mix, *, kernels: bool) 
     return mix.mlp_resid * x + mix.mlp_post * y
 
 
-# MUDD connections [81] (arXiv 2502.12170): a small network makes, from each token's residual
-# stream, the factors with which earlier layers' outputs are mixed in. One such network before its
-# layer, and one after the last.
+# Small networks that make, from each token's residual stream, the token's own coefficients.
 
 
-def mudd_network(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """MUDD_SCALE * (W2 gelu(W1 x) + b), one (T, 1) for each coefficient."""
-    coefficients = MUDD_SCALE * (F.gelu(x @ w1.T) @ w2.T + bias)  # (T, n)
-    return coefficients.T.contiguous()[:, :, None].unbind()
+@region
+def small_network(
+    x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor, scale: Tensor | float
+) -> Tensor:
+    """scale * (W2 gelu(W1 x) + b) of x (T, D): (n, T), a row for each of the n coefficients."""
+    coefficients = scale * (F.gelu(x @ w1.T) @ w2.T + bias)
+    return coefficients.T.contiguous()
+
+
+# MUDD connections [81] (arXiv 2502.12170): earlier layers' outputs are mixed in. One network makes
+# the factors before its layer, and one after the last.
+
+
+def mudd_network(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """One (T, 1) for each coefficient."""
+    return small_network(x, *weights, MUDD_SCALE)[:, :, None].unbind()
 
 
 @region
@@ -1582,6 +1708,7 @@ class GPT(nn.Module):
         self.config = config
         self.rows = config.rows
         self.attending = config.layers_with("attention")
+        self.gate_networks = gate_networks(config)
         self.kernels = kernels
         self.fp8 = fp8
         self.table = parameter_table(config)
@@ -1636,21 +1763,26 @@ class GPT(nn.Module):
         value_rows = self.look_up_values(inputs)
         layers, mixes = self.layer_weights(len(inputs), fp8)
         mudd_before_weights, mudd_after_weights = self.mudd_weights()
+        gates = self.gates()
 
         x = F.embedding(inputs, self.embed)
         smear = self.smear_gate, self.smear_lambda
-        bigrams = self.bigram_table, self.bigram_signs, mixes[0].bigram
-        x0, start, bigram = begin_stream(x, inputs, begins, *smear, *bigrams)
-        x = start
+        x0, bigram = begin_stream(x, inputs, begins, *smear, self.bigram_table, self.bigram_signs)
+        x = start = x0
         after = {}  # the residual stream after each layer that something later reads
         mudd_sources = None
 
-        for i, (row, w, mix) in enumerate(zip(self.rows, layers, mixes)):
+        for i, row in enumerate(self.rows):
+            if row.gates:
+                self.make_gates(x, *next(gates), layers, mixes)
+            w, mix = layers[i], mixes[i]
+            if i == 0 and bigram is not None:
+                x = start = add_bigram(x0, bigram, mix.bigram)
             # What is added to v, and to the residual stream after attention.
             added = value_rows.get(row.value_embeds)
             origin = x0
             if row.skip is not None:
-                x = self.add_skip(x, x0, after[row.skip])
+                x = self.add_skip(x, x0, after[row.skip], w["skip"])
             if row.mudd is not None:
                 mudd_sources = [after[source] for source in row.mudd]
                 origin = start
@@ -1663,6 +1795,9 @@ class GPT(nn.Module):
                     paired=row.paired_heads,
                 )
                 y = attend(q, k, v, masks[row.paired_heads, row.window], context.scale)
+                if row.dc:
+                    dc_weights = w["dc_in"], w["dc_out"]
+                    y = compose_heads(y, q, k, v, *dc_weights, masks["dc"], context.scale)
                 # Layer 0 has the bigram embedding from the start.
                 bigram_here = None if i == 0 else bigram
                 x = add_attention(
@@ -1679,8 +1814,8 @@ class GPT(nn.Module):
             )
         return norm(x)
 
-    def make_masks(self, inputs: Tensor, windows: tuple) -> dict[tuple[bool, str], object]:
-        """The masks that the layers need, by (paired heads, "short" or "long")."""
+    def make_masks(self, inputs: Tensor, windows: tuple) -> dict[object, BlockMask | Tensor]:
+        """The masks that the layers need, by (paired heads, "short" or "long"), or "dc"."""
         short, long = windows
         docs = (inputs == self.config.bos_id).cumsum(0)
         paired_docs = docs.repeat_interleave(2)  # paired heads have twice as many positions
@@ -1693,6 +1828,8 @@ class GPT(nn.Module):
                     paired_docs if row.paired_heads else docs,
                     long if row.window == "long" else short,
                 )
+            if row.dc:
+                masks["dc"] = banded_mask(docs, DC_WINDOW - 1, DC_WINDOW)
         return masks
 
     def look_up_values(self, inputs: Tensor) -> dict[int, Tensor]:
@@ -1704,14 +1841,42 @@ class GPT(nn.Module):
         rows = F.embedding(inputs + first_rows[:, None], self.value_embeds)  # (tables, T, D)
         return dict(enumerate(rows.unbind()))
 
-    def add_skip(self, x: Tensor, x0: Tensor, earlier: Tensor) -> Tensor:
-        """x and an earlier residual stream, through a gate that reads x0 [55]."""
-        gate = (
-            2
-            * torch.sigmoid(self.skip_lambda.to(x.dtype))
-            * torch.sigmoid(x0[:, :12] @ self.skip_gate)
-        )
-        return x + gate[:, None] * earlier
+    def add_skip(self, x: Tensor, x0: Tensor, earlier: Tensor, made: Tensor | None) -> Tensor:
+        """x and an earlier residual stream, through a gate [55]: `made` (T, 1), or one of x0."""
+        gate = torch.sigmoid(self.skip_lambda.to(x.dtype))
+        if made is None:
+            gate = 2 * gate * torch.sigmoid(x0[:, :12] @ self.skip_gate)[:, None]
+        else:
+            gate = gate * made
+        return x + gate * earlier
+
+    def gates(self) -> Iterator[tuple[list[Gate], tuple[Tensor, ...]]]:
+        """What each gate network makes; and its W1, W2, bias and scale in the stream's dtype."""
+        if not self.gate_networks:
+            return
+        dtype = self.embed.dtype
+        sizes = [sum(gate.width for gate in network) for network in self.gate_networks]
+        w2 = self.gates_w2.split(sizes)
+        bias = self.gates_bias.to(dtype).split(sizes)
+        scale = self.gates_scale.to(dtype)
+        for number, network in enumerate(self.gate_networks):
+            yield network, (self.gates_w1[number], w2[number], bias[number], scale)
+
+    def make_gates(
+        self, x: Tensor, network: list[Gate], weights: tuple[Tensor, ...],
+        layers: list[dict[str, Tensor | None]], mixes: list[Mix],
+    ) -> None:
+        """Puts what a gate network makes of x (T, D) into its layers' `Mix` or among their weights.
+
+        A (T, H) each, or (T, 1).
+        """
+        parts = small_network(x, *weights).split([gate.width for gate in network])
+        for gate, part in zip(network, parts):
+            value = part.T if gate.width > 1 else part[0, :, None]
+            if gate.name in Mix._fields:
+                mixes[gate.layer] = mixes[gate.layer]._replace(**{gate.name: value})
+            else:
+                layers[gate.layer][gate.name] = value
 
     def mudd_weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """W1, W2 and bias of MUDD's two networks, in the residual stream's dtype."""
@@ -1762,6 +1927,8 @@ class GPT(nn.Module):
             mlp_in8, scales = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach())
         hand_out("mlp_in8", range(count), mlp_in8)
         hand_out("mlp_in8_scale", range(count), scales)
+        for name in ("head_gates", "skip", "dc_in", "dc_out"):
+            hand_out(name, [], [])  # `make_gates` puts them in
         for name, row in self.table.items():
             if row is None:  # which may have been some layers': all have None
                 hand_out(name, [], [])
@@ -1770,16 +1937,18 @@ class GPT(nn.Module):
         return layers, self.layer_mixes(length)
 
     def layer_mixes(self, length: int) -> list[Mix]:
-        """Each layer's `Mix`, of the learned scalars."""
-        bigram = self.bigram_lambdas
-        if bigram is None:
-            bigram = torch.zeros_like(self.x0_lambdas)
+        """Each layer's `Mix`, of the learned scalars; 0 in the place of what networks make."""
         attn_resid, mlp_resid = self.resid_lambdas.unbind(1)
         attn_post, mlp_post = self.post_lambdas.unbind(1)
+        x0, bigram = self.x0_lambdas, self.bigram_lambdas
+        if x0 is None:
+            x0 = torch.zeros_like(attn_post)
+        if bigram is None:
+            bigram = torch.zeros_like(attn_post)
         # Spread over the tokens: one sum over them then makes the gradients of all the scalars,
         # which otherwise take a kernel each. Contiguous like MUDD's, so that one graph serves both.
         stacked = torch.stack(
-            Mix(attn_resid, attn_post, self.x0_lambdas, bigram, mlp_resid, mlp_post)
+            Mix(attn_resid, attn_post, x0, bigram, mlp_resid, mlp_post)
         )
         spread = stacked.to(self.embed.dtype).flatten()[:, None, None].expand(-1, length, 1)
         each = spread.contiguous().unbind()
@@ -2331,7 +2500,7 @@ def slice_of(batch: Batch, number: int, tokens: np.ndarray, bounds: np.ndarray) 
 
 def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
     """The rows of the bigram table that tokens (slices, length + 1) give a gradient to."""
-    count = config.bigram_rows * config.padded_vocab
+    count = config.bigram_table_rows
     rows = []
     for inputs in tokens[:, :-1]:
         rows.append(bigram_hash(inputs, document_starts(inputs, config), count))
@@ -2555,6 +2724,7 @@ def flops_per_token(config: ModelConfig, stage: Stage) -> int:
     for layer in attending:
         short, long = stage.windows
         keys += long if config.rows[layer].window == "long" else short
+        keys += DC_WINDOW if config.rows[layer].dc else 0
     return 6 * matrices + 12 * config.dim * keys
 
 
@@ -3284,9 +3454,14 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
             text = f"tables are numbered without gaps, and no layer has {min(missing, default=0)}"
             require(not missing, where, layer, "value_embeds", text)
 
+        require(not (layer.dc and layer.paired_heads), where, layer, "dc", "heads are paired")
+        if layer.gates or layer.dc:
+            column = "gates" if layer.gates else "dc"
+            text = "needs a network that makes layer 0's gates: there, gates=True"
+            require(layers[0].gates, where, layer, column, text)
         if not layer.attention:
             for column in fields(Layer):
-                if column.name not in ("attention", "skip"):
+                if column.name not in ("attention", "skip", "gates"):
                     empty = getattr(layer, column.name) == column.default
                     text = "is attention's, and the layer has none"
                     require(empty, where, layer, column.name, text)

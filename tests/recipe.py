@@ -10,38 +10,43 @@ from dataclasses import replace
 from train_gpt import Layer, ModelConfig, Settings, Stage
 
 RECORD_LAYERS = (
-    Layer(paired_heads=True),
+    Layer(paired_heads=True, gates=True),
     Layer(value_embeds=0, xsa=True),
     Layer(paired_heads=True, value_embeds=1),
-    Layer(window="long", xsa=True),
-    Layer(xsa=True),
+    Layer(window="long", xsa=True, attention_gate=True),
+    Layer(xsa=True, gates=True),
     Layer(paired_heads=True),
     Layer(attention=False, skip=3),
     Layer(xsa=True),
-    Layer(value_embeds=2, xsa=True, single_input=7),
+    Layer(value_embeds=2, single_input=7),
     Layer(paired_heads=True, value_embeds=3, single_input=7),
-    Layer(window="long", value_embeds=4, xsa=True, single_input=7, mudd=(7, 9, 3)),
+    Layer(
+        window="long", value_embeds=4, attention_gate=True, dc=True, single_input=7, mudd=(7, 9, 3)
+    ),
 )
 RECORD_STAGES = (
     Stage(
-        steps=460, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
+        steps=423, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
         mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
     ),
     Stage(
-        steps=460, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
+        steps=424, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
         mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
     ),
     Stage(
-        steps=460, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
+        steps=423, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
         mtp=((1, 0, 0), (1, 0, 0)),
     ),
 )
 TINY_LAYERS = (
-    Layer(paired_heads=True, value_embeds=0),
-    Layer(window="long", xsa=True),
+    Layer(paired_heads=True, value_embeds=0, attention_gate=True, gates=True),
+    Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
-    Layer(value_embeds=1, xsa=True),
-    Layer(window="long", value_embeds=2, xsa=True, single_input=3, mudd=(3, 2, 1)),
+    Layer(value_embeds=1, xsa=True, attention_gate=True),
+    Layer(
+        window="long", value_embeds=2, xsa=True, attention_gate=True, dc=True, single_input=3,
+        mudd=(3, 2, 1),
+    ),
 )
 TINY_STAGES = (
     Stage(
@@ -68,10 +73,10 @@ PRESETS = {
         preset="record",
         model=ModelConfig(
             RECORD_LAYERS, vocab_size=50257, bos_id=50256, dim=768, heads=6, attention_scale=0.1,
-            bigram_rows=15, bigram_dim=192,
+            bigram_rows=7.5, bigram_dim=768,
         ),
         stages=RECORD_STAGES,
-        extension=replace(RECORD_STAGES[-1], steps=10, windows=(768, 1664)),
+        extension=replace(RECORD_STAGES[-1], steps=15, windows=(768, 1664)),
         val_short_window=768,
         val_long_window=2560,
         slices=8,

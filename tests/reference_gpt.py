@@ -47,13 +47,19 @@ def rotated(x, position, frequencies):
     return torch.cat((torch.stack(turned), x[len(turned) :]))
 
 
+def probabilities(q, k, docs, window, scale, i):
+    """The positions that query i sees, causal, in its document and at most `window` back; and how much of each."""
+    seen = [j for j in range(i + 1) if docs[j] == docs[i] and i - j <= window]
+    weights = (scale * torch.stack([k[j] for j in seen]) @ q[i]).exp()
+    return seen, weights / weights.sum()
+
+
 def attended(q, k, v, docs, window, scale):
-    """Attention over lists of vectors, one a position: causal, in the document, and at most `window` positions back."""
+    """Attention over lists of vectors, one a position."""
     outputs = []
     for i in range(len(q)):
-        seen = [j for j in range(i + 1) if docs[j] == docs[i] and i - j <= window]
-        weights = (scale * torch.stack([k[j] for j in seen]) @ q[i]).exp()
-        outputs.append(weights / weights.sum() @ torch.stack([v[j] for j in seen]))
+        seen, weights = probabilities(q, k, docs, window, scale, i)
+        outputs.append(weights @ torch.stack([v[j] for j in seen]))
     return outputs
 
 
@@ -69,6 +75,8 @@ class ReferenceGPT:
         self.valued = [i for i in table if config.layers[i].value_embeds is not None]
         self.mixing = [i for i in table if config.layers[i].mudd is not None and config.mudd]
         self.gated = [i for i in self.valued if i not in self.mixing]
+        self.with_gate = [i for i in table if config.layers[i].attention_gate and config.attention_gate]
+        self.networks = [i for i in table if config.layers[i].gates and config.gates]
 
     def logits(self, tokens, windows, rotary=None):
         """The capped logits (T, V). `windows` are short and long, `rotary` frequencies and scale (else the start's)."""
@@ -84,20 +92,29 @@ class ReferenceGPT:
         if c.smear:
             smeared = [e[t] + p["smear_lambda"] * sigmoid(p["smear_gate"] @ e[t][:12]) * e[t - 1] for t in range(T)]
             x = [e[t] if self.begins[t] else smeared[t] for t in range(T)]
-        x = x0 = norm(torch.stack(x))
+        x = cache0 = x0 = norm(torch.stack(x))
         b = self.bigrams()
-        if c.bigram:
-            x = x + p["bigram_lambdas"][0] * b
-        caches, cache0 = [], x
+        caches, self.made, self.columns = [], {}, 0
 
         for i, layer in enumerate(c.layers):
+            if i in self.networks:
+                self.make_gates(i, x)
             rho, pi = (list(p[name][i]) for name in ("resid_lambdas", "post_lambdas"))
-            source, from_source = x0, p["x0_lambdas"][i]
-            from_bigram = p["bigram_lambdas"][i] if c.bigram and i >= 1 else 0.0
+            source, from_source = x0, self.made.get((i, "x0"), 0.0)
+            from_bigram = self.made.get((i, "bigram"), 0.0)
+            if not self.networks:
+                from_source = p["x0_lambdas"][i]
+                from_bigram = p["bigram_lambdas"][i] if c.bigram else 0.0
+            if i == 0:  # before the layer, in the place of after its attention
+                x = cache0 = x + from_bigram * b
+                from_bigram = 0.0
             to_v = self.value_rows(layer)
             if layer.skip is not None and c.skip:
-                gate = sigmoid(p["skip_lambda"]) * 2 * sigmoid(x0[:, :12] @ p["skip_gate"])
-                x = x + gate[:, None] * caches[layer.skip]
+                if self.networks:
+                    gate = sigmoid(p["skip_lambda"]) * self.made[i, "skip"]
+                else:
+                    gate = sigmoid(p["skip_lambda"]) * 2 * sigmoid(x0[:, :12] @ p["skip_gate"])[:, None]
+                x = x + gate * caches[layer.skip]
             if i in self.mixing:
                 mu = self.coefficients(x, place=0)
                 cache7 = caches[layer.mudd[0]]
@@ -122,6 +139,24 @@ class ReferenceGPT:
             e0 = self.value_rows(next((c.layers[i] for i in self.valued if c.layers[i].value_embeds == 0), None))
             x = x + mu[0] * cache0 + mu[1] * cache7 + mu[2] * cache9 + mu[3] * e0 + mu[4] * cache3
         return 23 * sigmoid((norm(x) @ p["lm_head"] + 5) / 7.5)
+
+    def make_gates(self, first, x):
+        """What the network before layer `first` makes, (T, H) or (T, 1) by layer and name."""
+        c, p, number = self.config, self.p, self.networks.index(first)
+        outputs = p["gates_scale"] * (gelu(x @ p["gates_w1"][number].T) @ p["gates_w2"].T + p["gates_bias"])
+        for i in range(first, len(c.layers)):
+            if i > first and i in self.networks:
+                break
+            layer, wanted = c.layers[i], []
+            wanted += [("xsa", c.heads)] * (layer.xsa and c.xsa)
+            wanted += [("attention", c.heads)] * (i in self.with_gate)
+            wanted += [("x0", 1)] * (layer.attention and i not in self.mixing)
+            wanted += [("bigram", 1)] * (layer.attention and i not in self.mixing and c.bigram)
+            wanted += [("skip", 1)] * (layer.skip is not None and c.skip)
+            wanted += [("dc_in", c.heads), ("dc_out", c.heads)] * (layer.dc and c.dc)
+            for name, width in wanted:
+                self.made[i, name] = outputs[:, self.columns : self.columns + width]
+                self.columns += width
 
     def bigrams(self):
         """The bigram embedding times its signs (T, D), zero in the channels that do not receive it."""
@@ -176,14 +211,30 @@ class ReferenceGPT:
             both = [[x for token in zip(*heads) for x in token] for heads in zip(parts[h], parts[h + 1])]
             z = attended(*both, [doc for doc in self.docs for _ in range(2)], window, self.scale)
             y[h], y[h + 1] = z[0::2], z[1::2]
+        for t in range(T if (i, "dc_in") in self.made else 0):
+            own, mixture = self.made[i, "dc_in"][t], 0.0
+            for g in range(H):
+                seen, weights = probabilities(*parts[g][:2], self.docs, 111, self.scale, t)
+                mixture = mixture + own[g] / (own.square().mean() + 1e-6).sqrt() * weights
+            for h in range(H):
+                v = torch.stack([parts[h][2][j] for j in seen])
+                y[h][t] = y[h][t] + self.made[i, "dc_out"][t, h] * mixture @ v
         for h in range(H):
             for t in range(T):
                 v = parts[h][2][t]
                 if layer.xsa and c.xsa and v.any():
                     unit = v / v.square().sum().sqrt()
-                    y[h][t] = y[h][t] - p["xsa_alphas"][self.excluding.index(i), h].tanh() * (y[h][t] @ unit) * unit
-                if c.attention_gate:
-                    y[h][t] = y[h][t] * sigmoid(p["attention_gates"][n, h] @ a[t, :12])
+                    if self.networks:
+                        alpha = self.made[i, "xsa"][t, h]
+                    else:
+                        alpha = p["xsa_alphas"][self.excluding.index(i), h]
+                    y[h][t] = y[h][t] - alpha.tanh() * (y[h][t] @ unit) * unit
+                if i in self.with_gate:
+                    if self.networks:
+                        gate = self.made[i, "attention"][t, h]
+                    else:
+                        gate = sigmoid(p["attention_gates"][self.with_gate.index(i), h] @ a[t, :12])
+                    y[h][t] = y[h][t] * gate
         return torch.stack([torch.cat([y[h][t] for h in range(H)]) for t in range(T)]) @ (out_scale * w_o).T
 
 

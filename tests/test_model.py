@@ -234,22 +234,21 @@ STARTS = {
     "mlp_bank": ("uniform", 0.5 * 3**0.5),  # only in; out is zero
     "resid_lambdas": 1.1**0.5,
     "post_lambdas": 1,
-    "x0_lambdas": 0,
-    "bigram_lambdas": 0.05,
-    "xsa_alphas": 0,
     "qkv_lambdas": 0.5,
     "out_lambdas": 1,
     "smear_lambda": 0,
     "skip_lambda": -1.5,
     "smear_gate": 0,
-    "skip_gate": 0,
-    "attention_gates": 0,
     "value_gates": 0,
     "mudd_w1": ("uniform", 1),
     "mudd_w2": 0,
     "mudd_bias": "by hand",
+    "gates_w1": ("uniform", 1),
+    "gates_w2": 0,
+    "gates_bias": "by hand",
+    "gates_scale": 0.1,
 }
-FLOAT32 = {name for name in STARTS if "lambda" in name} | {"xsa_alphas", "mudd_bias"}
+FLOAT32 = {name for name in STARTS if "lambda" in name} | {"mudd_bias", "gates_bias", "gates_scale"}
 
 
 @pytest.mark.recipe
@@ -272,6 +271,10 @@ def test_parameters_start_as_the_recipe_says():
         if name == "mudd_bias":
             layer = [0, 0, 0, 0, 0, 0, 2, 2, 1.1**0.5, 1, 0, 0.05, 1.1**0.5, 1]
             assert (0.1 * values).tolist() == pytest.approx([*layer, 0, -0.5, 0, 0, 0], abs=1e-6)
+        elif name == "gates_bias":  # test_techniques.py has each
+            counts = {float(value): count for value, count in zip(*np.unique(values.float(), return_counts=True))}
+            # x0 and alphas and DC's output; bigrams; gates of heads; the skip; DC's input
+            assert counts == {0: 9 + 24 + 6, 0.5: 9, 2.5: 12, 5: 1, 10: 6}
         elif not isinstance(start, tuple):
             assert values.unique().tolist() == pytest.approx([start], abs=1e-6), name
         else:
@@ -300,22 +303,22 @@ def test_the_records_parameters_have_the_recipes_shapes():
         "lm_head": (768, 50304),
         "embed": (50304, 768),
         "value_embeds": (5 * 50304, 768),
-        "bigram_table": (15 * 50304, 192),
+        "bigram_table": (377_280, 768),
         "qk_bank": (64, 256, 768),  # 60, padded
         "vo_bank": (24, 768, 768),  # 20, padded
         "mlp_bank": (24, 3072, 768),  # 22, padded
         "resid_lambdas": (11, 2),
         "post_lambdas": (11, 2),
-        "x0_lambdas": (11,),
-        "bigram_lambdas": (11,),
-        "xsa_alphas": (6, 6),
         "qkv_lambdas": (10,),
         "out_lambdas": (10,),
-        "attention_gates": (10, 6, 12),
         "value_gates": (4, 6, 12),
         "mudd_w1": (2, 64, 768),
         "mudd_w2": (19, 64),
         "mudd_bias": (19,),
+        "gates_w1": (2, 64, 768),
+        "gates_w2": (67, 64),
+        "gates_bias": (67,),
+        "gates_scale": (1,),
     }
     assert {name: shapes[name] for name in expected} == expected
     assert all(p.is_meta for p in model.parameters())

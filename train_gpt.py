@@ -1454,9 +1454,9 @@ def banded_weights(q: Tensor, k: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
     return logits.masked_fill(~mask, -math.inf).softmax(-1)
 
 
-# Dynamically composed heads [85] (after arXiv 2405.08553): a head has its own attention, and besides
-# it a mixture of what all heads attend to, both with weights that each token computes. The mixture
-# looks back DC_WINDOW tokens whatever the layer's window is.
+# Dynamically composed heads [85] (after arXiv 2405.08553): besides what its own attention sees, a
+# head takes in what a mixture of all heads' attention sees, with weights that each token computes.
+# The mixture looks back over less than DC_WINDOW tokens, whatever the layer's window is.
 DC_WINDOW = 112
 
 
@@ -1465,9 +1465,10 @@ def compose_heads(
     y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_in: Tensor, w_out: Tensor, mask: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """Attention's output y (T, H, d), and of each head h w_out[h] * (sum over g of w_in[g] P_g) v_h.
+    """Attention's output y (T, H, d) + for each head h, w_out[h] (sum over g of w_in[g] P_g) v_h.
 
-    P_g are the probabilities of head g; w_in (T, H), normed, and w_out (T, H) are each token's.
+    P_g are the probabilities of head g; w_in (T, H), which is normed here, and w_out (T, H) are
+    each token's own.
     """
     length, size = len(q), mask.size(2)
     w_in = F.rms_norm(w_in.float(), (w_in.size(1),), eps=1e-6).to(q.dtype)
@@ -3454,11 +3455,12 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
             text = f"tables are numbered without gaps, and no layer has {min(missing, default=0)}"
             require(not missing, where, layer, "value_embeds", text)
 
-        require(not (layer.dc and layer.paired_heads), where, layer, "dc", "heads are paired")
-        if layer.gates or layer.dc:
-            column = "gates" if layer.gates else "dc"
-            text = "needs a network that makes layer 0's gates: there, gates=True"
-            require(layers[0].gates, where, layer, column, text)
+        unpaired = not (layer.dc and layer.paired_heads)
+        require(unpaired, where, layer, "dc", "the layer's heads must not be paired")
+        for column in ("gates", "dc"):
+            possible = layers[0].gates or not getattr(layer, column)
+            text = "needs a network from the start: layer 0 must have gates=True"
+            require(possible, where, layer, column, text)
         if not layer.attention:
             for column in fields(Layer):
                 if column.name not in ("attention", "skip", "gates"):

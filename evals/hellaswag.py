@@ -1,6 +1,6 @@
 """HellaSwag: how often a model finds the true one of four endings likeliest.
 
-    python evals/hellaswag.py --checkpoint logs/x_step001390.pt
+    python evals/hellaswag.py --checkpoint logs/x_step001285.pt
 
 An ending's score is the mean (or the sum) of its tokens' losses after the context. The four completions of an item are
 four documents; many are packed into one sequence, and the model's own mask keeps them apart.

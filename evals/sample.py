@@ -1,6 +1,6 @@
 """Text that a checkpoint's model writes.
 
-python evals/sample.py --checkpoint logs/x_step001390.pt --prompt "The capital of France is"
+python evals/sample.py --checkpoint logs/x_step001285.pt --prompt "The capital of France is"
 """
 
 import sys

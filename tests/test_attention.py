@@ -15,10 +15,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from train_gpt import (
     BLOCK,
+    DC_WINDOW,
     ModelConfig,
     attend,
     banded_mask,
     block_mask,
+    compose_heads,
     make_context,
     project,
     rotary_frequencies,
@@ -98,6 +100,31 @@ def test_banded_attention_and_its_gradients_equal_dense_masked_softmax_for_rando
         length, window = (int(torch.randint(1, most, (), generator=generator)) for most in (80, 40))
         boundaries = float(torch.rand((), generator=generator)) ** 3
         assert_equals_dense_attention(random_docs(length, boundaries, generator), window, generator)
+
+
+@pytest.mark.parametrize("boundaries", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("length", [1, 5, 112, 113, 300])
+def test_composed_heads_and_their_gradients_equal_a_dense_mixture_of_the_heads_probabilities(length, boundaries):
+    heads, dim, scale = 3, 8, 0.4
+    generator = torch.Generator().manual_seed(length)
+    docs = (torch.rand(length, generator=generator) < boundaries).cumsum(0)
+    y, q, k, v = (torch.randn(length, heads, dim, generator=generator) for _ in range(4))
+    w_in, w_out = (torch.randn(length, heads, generator=generator) for _ in range(2))
+    mine = [tensor.clone().requires_grad_() for tensor in (y, q, k, v, w_in, w_out)]
+    out = compose_heads(*mine, banded_mask(docs, DC_WINDOW - 1, DC_WINDOW), torch.tensor(scale))
+
+    exact = [tensor.double().requires_grad_() for tensor in (y, q, k, v, w_in, w_out)]
+    y, q, k, v, w_in, w_out = exact
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (back >= 0) & (back < 112) & (docs[:, None] == docs)
+    p = (scale * torch.einsum("ihc,jhc->hij", q, k)).masked_fill(~seen, -torch.inf).softmax(-1)
+    shares = w_in / (w_in.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    expected = y + w_out[:, :, None] * torch.einsum("ig,gij,jhc->ihc", shares, p, v)
+    assert (out - expected).abs().max() <= 1e-5
+    weights = torch.randn(out.shape, generator=generator)
+    gradients = torch.autograd.grad((out * weights).sum(), mine)
+    for gradient, true in zip(gradients, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert (gradient - true).abs().max() <= 2e-5 * max(1, true.abs().max())
 
 
 def test_numbers_of_a_masked_key_are_never_read():

@@ -1264,8 +1264,8 @@ def test_steps_shrink_all_stages_in_proportion_and_count_the_extension(monkeypat
             assert after >= 1 and abs(after - before * steps / sum(old)) <= 1
 
 
-# Recipe: 460 steps of each batch, then 10; and the matrices that every token is multiplied with.
-RECORD_TOKENS = 460 * (131_072 + 262_144 + 393_216) + 10 * 393_216
+# Recipe: 423, 424 and 423 steps of the batches, then 15; and the matrices that every token is multiplied with.
+RECORD_TOKENS = 423 * 131_072 + 424 * 262_144 + (423 + 15) * 393_216
 RECORD_ACTIVE = {"head": 768 * 50_304, "MLP": 11 * 8 * 768**2, "attention": 10 * 4 * 768**2}
 
 
@@ -1293,18 +1293,17 @@ def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path)
 @pytest.mark.recipe
 def test_dry_run_of_the_record_has_the_recipes_totals(launcher, tmp_path):
     text = launcher.start(SCRIPT, "--dry-run", cwd=tmp_path).wait().stdout
-    assert f"training tokens: {RECORD_TOKENS / 1e6:.1f}M" in text and "365.7M" in text
+    assert f"training tokens: {RECORD_TOKENS / 1e6:.1f}M" in text and "338.8M" in text
     active = re.search(r"active matrix parameters: ([\d.]+)M", text)[1]
     assert abs(float(active) - sum(RECORD_ACTIVE.values()) / 1e6) < 0.06 and active.startswith("114")
     for name, count in RECORD_ACTIVE.items():
         assert f"{name} {count / 1e6:.1f}M" in text
-    # 6 FLOP a parameter, and 12 a channel and key: 8 layers with the short and 2 with the long window.
-    windows = {460: [(128, 384), (384, 896), (640, 1408)], 10: [(768, 1664)]}
-    batches = {(128, 384): 131_072, (384, 896): 262_144, (640, 1408): 393_216, (768, 1664): 393_216}
+    # 6 FLOP a parameter, and 12 a channel and key: 8 layers with the short and 2 with the long window, and the heads
+    # that are composed dynamically.
+    stages = [(423, 131_072, 128, 384), (424, 262_144, 384, 896), (423, 393_216, 640, 1408), (15, 393_216, 768, 1664)]
     flops = sum(
-        steps * batches[pair] * (6 * sum(RECORD_ACTIVE.values()) + 12 * 768 * (8 * pair[0] + 2 * pair[1]))
-        for steps, pairs in windows.items()
-        for pair in pairs
+        steps * batch * (6 * sum(RECORD_ACTIVE.values()) + 12 * 768 * (8 * short + 2 * long + 112))
+        for steps, batch, short, long in stages
     )
     assert abs(float(re.search(r"([\d.]+) GFLOP a token", text)[1]) - flops / RECORD_TOKENS / 1e9) < 0.01
 

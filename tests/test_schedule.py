@@ -15,29 +15,29 @@ from train_gpt import UserError, schedule, with_steps
     [
         (0, 1.0),
         (299, 1.0),
-        (459, 1.0),
-        (460, 1.52),  # stage 2
-        (552, 1.52),  # the last step at full rate: the cooldown takes the other 828
-        (553, 1.52 * 827 / 828 + 0.15 / 828),
-        (919, 1.52 * 461 / 828 + 0.15 * 367 / 828),
-        (920, 1.73 * 460 / 828 + 0.15 * 368 / 828),  # stage 3
-        (1379, 1.73 * 1 / 828 + 0.15 * 827 / 828),
-        (1380, 0.15),  # the extension
-        (1389, 0.15),
+        (422, 1.0),
+        (423, 1.52),  # stage 2
+        (508, 1.52),  # the last step at full rate: the cooldown takes the other 762
+        (509, 1.52 * 761 / 762 + 0.15 / 762),
+        (846, 1.52 * 424 / 762 + 0.15 * 338 / 762),
+        (847, 1.73 * 423 / 762 + 0.15 * 339 / 762),  # stage 3
+        (1269, 1.73 * 1 / 762 + 0.15 * 761 / 762),
+        (1270, 0.15),  # the extension
+        (1284, 0.15),
     ],
 )
 def test_the_learning_rate_is_constant_for_two_fifths_and_then_falls_to_015(step, lr):
     assert schedule(RECORD, step).lr == pytest.approx(lr, rel=1e-9)
 
 
-def test_the_learning_rate_jumps_from_0913_to_1028_at_step_920():
-    assert schedule(RECORD, 919).lr == pytest.approx(0.913, abs=5e-4)
-    assert schedule(RECORD, 920).lr == pytest.approx(1.028, abs=5e-4)
+def test_the_learning_rate_jumps_from_0912_to_1027_at_step_847():
+    assert schedule(RECORD, 846).lr == pytest.approx(0.912, abs=5e-4)
+    assert schedule(RECORD, 847).lr == pytest.approx(1.027, abs=5e-4)
 
 
 @pytest.mark.parametrize(
     ("step", "momentum"),
-    [(0, 0.85), (150, 0.9), (299, 0.949667), (300, 0.95), (919, 0.95), (1340, 0.95), (1379, 0.872), (1389, 0.852)],
+    [(0, 0.85), (150, 0.9), (299, 0.949667), (300, 0.95), (847, 0.95), (1235, 0.95), (1274, 0.872), (1284, 0.852)],
 )
 def test_the_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, momentum):
     assert schedule(RECORD, step).momentum == pytest.approx(momentum, abs=1e-6)
@@ -46,10 +46,10 @@ def test_the_momentum_rises_over_300_steps_and_falls_over_the_last_50(step, mome
 @pytest.mark.parametrize(
     ("first", "last", "batch_tokens", "max_seq_len", "windows", "tied"),
     [
-        (0, 459, 131_072, 896, (128, 384), True),
-        (460, 919, 262_144, 2048, (384, 896), True),
-        (920, 1379, 393_216, 2048, (640, 1408), False),
-        (1380, 1389, 393_216, 2048, (768, 1664), False),
+        (0, 422, 131_072, 896, (128, 384), True),
+        (423, 846, 262_144, 2048, (384, 896), True),
+        (847, 1269, 393_216, 2048, (640, 1408), False),
+        (1270, 1284, 393_216, 2048, (768, 1664), False),
     ],
 )
 def test_the_stages_begin_and_end_where_the_recipe_says(first, last, batch_tokens, max_seq_len, windows, tied):
@@ -60,7 +60,7 @@ def test_the_stages_begin_and_end_where_the_recipe_says(first, last, batch_token
 
 
 def test_the_final_validation_has_windows_of_its_own():
-    assert schedule(RECORD, 1390).stage.windows == (768, 2560)
+    assert schedule(RECORD, 1285).stage.windows == (768, 2560)
 
 
 def test_adam_runs_on_odd_steps():
@@ -71,10 +71,10 @@ def test_adam_runs_on_odd_steps():
 def test_dry_run_prints_the_totals_of_the_recipe(train_gpt, tmp_path):
     plan = train_gpt("--preset", "record", "--dry-run")
     assert plan.returncode == 0, plan.stderr
-    # 460 x 131,072 + 460 x 262,144 + 470 x 393,216 tokens; 38.6M in the head, 51.9M in MLPs, 23.6M in attention
-    assert re.search(r"training tokens: 365\.7M\b", plan.stdout)
+    # 423 x 131,072 + 424 x 262,144 + 438 x 393,216 tokens; 38.6M in the head, 51.9M in MLPs, 23.6M in attention
+    assert re.search(r"training tokens: 338\.8M\b", plan.stdout)
     assert re.search(r"active matrix parameters: 114\.1M\b.*38\.6M.*51\.9M.*23\.6M", plan.stdout)
-    assert "1,390 steps" in plan.stdout
+    assert "1,285 steps" in plan.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,10 +87,10 @@ def lengths(settings):
     return [stage.steps for stage in settings.all_stages]
 
 
-def test_200_steps_share_out_like_1390():
+def test_200_steps_share_out_like_1285():
     short = with_steps(RECORD, 200)
-    assert lengths(short) == [66, 66, 67, 1]  # the stages end at 66.2, 132.4, 198.6 and 200
-    assert (short.momentum_warmup, short.momentum_cooldown) == (43, 7)  # of 43.2 and 7.2
+    assert lengths(short) == [66, 66, 66, 2]  # the stages end at 65.8, 131.8, 197.7 and 200
+    assert (short.momentum_warmup, short.momentum_cooldown) == (47, 8)  # of 46.7 and 7.8
 
 
 def test_four_steps_are_one_step_a_stage():
@@ -110,7 +110,7 @@ def test_fewer_steps_than_stages_are_refused():
 def test_any_number_of_steps_is_met_exactly_and_leaves_no_stage_empty(preset):
     full = recipe.PRESETS[preset]
     ends = list(itertools.accumulate(lengths(full)))
-    for steps in (*range(4, 120), 200, 489, 1000, 1390, 1391, 5000):
+    for steps in (*range(4, 120), 200, 489, 1000, 1285, 1286, 5000):
         short = with_steps(full, steps)
         assert short.total_steps == steps
         assert min(lengths(short)) >= 1
@@ -122,6 +122,6 @@ def test_any_number_of_steps_is_met_exactly_and_leaves_no_stage_empty(preset):
 
 
 def test_as_many_steps_as_the_preset_has_change_nothing():
-    same = with_steps(RECORD, 1390)
+    same = with_steps(RECORD, 1285)
     assert (same.stages, same.extension) == (RECORD.stages, RECORD.extension)
     assert (same.momentum_warmup, same.momentum_cooldown) == (300, 50)

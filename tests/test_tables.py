@@ -73,6 +73,10 @@ LAYERS = [
     (1, "Layer(attention=False, single_input=0)", "layer 1: single_input=0", "attention"),
     (1, "Layer(attention=False, window='long')", "layer 1: window='long'", "attention"),
     (2, "Layer(attention=False, mudd=(0, 1, 1))", "layer 2: mudd=(0, 1, 1)", "attention"),
+    (1, "Layer(gates=True)", "layer 1: gates=True", "layer 0"),
+    (1, "Layer(dc=True)", "layer 1: dc=True", "layer 0"),
+    (0, "Layer(gates=True, dc=True, paired_heads=True)", "layer 0: dc=True", "paired"),
+    (0, "Layer(attention=False, gates=True, dc=True)", "layer 0: dc=True", "attention"),
 ]
 
 

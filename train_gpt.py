@@ -262,6 +262,7 @@ class Settings:
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
     muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares")
+    polar_steps: int = setting(5, "steps of Polar Express [38]: 5, or flatter 6", low=5, high=6)
     momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
     momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
@@ -1227,17 +1228,31 @@ def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # Polar Express [38] (arXiv 2505.16932): each row is (a, b, c) of one step X <- aX + (bA + cA^2)X
 # with A = XX^T. A step leaves the singular vectors, and takes each singular value s to
-# as + bs^3 + cs^5. Composed, the five bring all of (0.001, 1] close to 1.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+# as + bs^3 + cs^5. Composed, five steps bring all of (0.001, 1] into 0.86 to 1.14, six into 0.998 to
+# 1.002. `python bench/polar.py` makes the rows.
+POLAR_EXPRESS = {
+    5: (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    6: (
+        (8.156554524902461, -22.483292925577953, 15.878769915207466),
+        (4.042929935166737, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.2857536577556536, -2.368129493342537, 0.4644902423300309),
+        (2.300530711627095, -1.6111665557258386, 0.38333744275452714),
+        (1.9003834757310218, -1.2779237188293004, 0.3778031533636291),
+    ),
+}
 
 
-def polar_express(u: Tensor, dtype: torch.dtype, kernels: bool = False) -> Tensor:
+def polar_express(
+    u: Tensor, dtype: torch.dtype, kernels: bool = False,
+    steps: Iterable[tuple[float, float, float]] = POLAR_EXPRESS[5],
+) -> Tensor:
     """The orthogonal factor of each matrix of u (n, rows, cols), roughly: U V^T of its SVD.
 
     Computed in `dtype`.
@@ -1245,7 +1260,7 @@ def polar_express(u: Tensor, dtype: torch.dtype, kernels: bool = False) -> Tenso
     size = u.norm(dim=(-2, -1), keepdim=True)
     x = (u / (1.02 * size + 1e-6)).to(dtype)
     tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in steps:
         # A is the smaller of XX^T and X^T X.
         gram = symmetric_matmul(x.mT if tall else x, kernels=kernels)
         poly = symmetric_matmul(gram, alpha=c, beta=b, kernels=kernels)  # bA + cA^2
@@ -1994,7 +2009,7 @@ def adam_update(
 def normuon_update(
     p: Tensor, grad: Tensor, factors: Tensor, lr: Tensor, wd: Tensor, momentum: Tensor,
     beta2: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None,
-    kernels: bool = False,
+    kernels: bool = False, polar_steps: int = 5,
 ) -> None:
     """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43].
 
@@ -2013,7 +2028,7 @@ def normuon_update(
     u = torch.lerp(grad, exp_avg, momentum)
 
     # 2. Orthogonalize.
-    u = polar_express(u, p.dtype, kernels).float()
+    u = polar_express(u, p.dtype, kernels, POLAR_EXPRESS[polar_steps]).float()
 
     # 3. Even out the rows or the columns.
     size = u.norm(dim=(-2, -1), keepdim=True)
@@ -2248,7 +2263,8 @@ class Optimizer:
                 part, grad, self.factors[name],
                 lr=torch.tensor(settings.muon_lr * hyper.lr),
                 wd=torch.tensor(settings.muon_wd), momentum=torch.tensor(hyper.momentum),
-                beta2=torch.tensor(settings.muon_beta2), kernels=self.kernels, **state,
+                beta2=torch.tensor(settings.muon_beta2), kernels=self.kernels,
+                polar_steps=settings.polar_steps, **state,
             )
         else:
             lr = settings.adam_lr * hyper.lr * row.lr

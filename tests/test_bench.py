@@ -7,10 +7,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
+import command as command_module
 import recipe
 import train_gpt
 from test_command_line import MODEL, STAGES, enough  # noqa: F401 (a fixture)
@@ -189,3 +191,49 @@ def test_plan_names_the_slices_for_each_card(monkeypatch, capsys):
         assert needs[int(slices)] <= room
         assert slices == "8" or needs[int(slices) // 2] > room
     assert command("plan.py", "--slicez", "8").returncode == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Polar Express
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low, high", [(0.001, 1), (0.02, 1), (0.05, 1.7), (0.5, 1.2), (0.9, 1.1)])
+def test_best_step_of_polar_express_is_as_far_from_1_at_four_points_in_turn_as_anywhere(low, high):
+    """Which, by Chebyshev's theorem, no other a s + b s^3 + c s^5 betters."""
+    import polar
+
+    a, b, c = polar.best_row(low, high)
+    s = np.linspace(low, high, 100_001)
+    error = a * s + b * s**3 + c * s**5 - 1
+    distance = abs(error).max()
+    there = error[abs(error) > distance * (1 - 1e-6)]
+    signs = [int(sign) for sign in np.sign(there)]
+    assert [sign for sign, before in zip(signs, [None, *signs]) if sign != before] == [-1, 1, -1, 1]
+
+
+def polar_prints(monkeypatch, capsys, *arguments):
+    import polar
+
+    monkeypatch.setattr(sys, "argv", ["polar.py", *map(str, arguments)])
+    polar.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", train_gpt.POLAR_EXPRESS)
+def test_each_table_of_polar_express_is_what_polar_prints_with_the_range_that_it_has(steps, monkeypatch, capsys):
+    *rows, exact, rounded = polar_prints(monkeypatch, capsys, "--steps", steps).splitlines()
+    table = train_gpt.POLAR_EXPRESS[steps]
+    np.testing.assert_allclose([eval(row)[0] for row in rows], table, rtol=1e-9)
+    s = np.geomspace(0.001, 1, 30_011)
+    for a, b, c in table:
+        s = a * s + b * s**3 + c * s**5
+    for line, tolerance in ((exact, 1e-4), (rounded, 0.015)):
+        low, high = re.search(r"^from 0\.001 on: ([\d.]+) to ([\d.]+) ", line).groups()
+        assert (float(low), float(high)) == pytest.approx((s.min(), s.max()), abs=tolerance)
+
+
+@pytest.mark.parametrize("option", ["--lower", "--safety", "--cushion"])
+def test_an_interval_that_polar_cannot_work_with_is_a_users_mistake(option, monkeypatch, capsys):
+    with pytest.raises(command_module.UserError, match=f"{option} 0.2: must be "):
+        polar_prints(monkeypatch, capsys, option, "0.2")

@@ -168,6 +168,21 @@ def test_polar_express_brings_singular_values_above_a_thousandth_close_to_1(shap
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 256), (128, 256), (256, 128)])
+def test_six_steps_of_polar_express_bring_singular_values_above_three_thousandths_to_0997_to_1010(shape, dtype):
+    """Five steps, to between 0.858 and 1.142, and they use up all of it."""
+    u = matrix(shape, np.geomspace(1, 1e-3, min(shape)))
+    left, values, right = np.linalg.svd(u / (1.02 * np.linalg.norm(u)), full_matrices=False)
+    assert values[0] > 0.2 and sum(values < 3e-3) > 5
+    new = {}
+    for count, steps in program.POLAR_EXPRESS.items():
+        output = float64(polar_express(torch.from_numpy(u.astype(np.float32))[None], dtype, steps=steps)[0])
+        new[count] = np.einsum("ik,ij,kj->k", left, output, right)[values >= 3e-3]
+    assert 0.858 <= new[5].min() < 0.88 and 1.12 < new[5].max() <= 1.142
+    assert 0.997 <= new[6].min() < new[6].max() <= 1.010
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_polar_express_of_zero_is_zero(dtype):
     for shape in SHAPES:
         assert torch.equal(polar_express(torch.zeros(2, *shape), dtype), torch.zeros(2, *shape, dtype=dtype))
@@ -199,7 +214,7 @@ def test_float32_is_split_into_its_truncated_upper_half_and_the_rest_and_comes_b
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 def test_bfloat16_weights_with_their_lost_bits_move_like_float32_ones_bit_for_bit_over_1000_steps(shape, monkeypatch):
     # The precision of Polar Express follows the weights'; here it is float32 for both, so that both get the same u.
-    monkeypatch.setattr(program, "polar_express", lambda u, dtype, kernels: polar_express(u, torch.float32, kernels))
+    monkeypatch.setattr(program, "polar_express", lambda u, dtype, *how: polar_express(u, torch.float32, *how))
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(2, *shape, generator=generator)
     top, low = split_float32(exact)

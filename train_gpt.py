@@ -266,6 +266,7 @@ class Settings:
     momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
     momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
+    average_steps: int = setting(0, "last steps whose mean NorMuon's weights go halfway to", low=0)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
     cooldown: float = setting(0.6, "last fraction of steps, when lr falls", low=0.001, high=1)
@@ -655,6 +656,7 @@ class Hyper(NamedTuple):
     momentum: float  # NorMuon's
     adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
     mtp: tuple[float, ...]  # the weights of the next targets
+    averaged: int  # of the last `average_steps` steps, how many it is with this one
 
 
 def schedule(settings: Settings, step: int) -> Hyper:
@@ -680,11 +682,12 @@ def schedule(settings: Settings, step: int) -> Hyper:
     mtp = []
     for start, end in zip(*stage.mtp):
         mtp.append(start + (end - start) * (step - first) / stage.steps)
-    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=tuple(mtp))
+    averaged = max(step + 1 - (total - settings.average_steps), 0)
+    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=tuple(mtp), averaged=averaged)
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
-    """The settings with `steps` in all: stages and momentum's ramps shrink or grow in proportion.
+    """The settings with `steps` in all: what else counts steps shrinks or grows in proportion.
 
     Every stage keeps at least one step.
     """
@@ -707,6 +710,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
         settings, steps=steps, stages=tuple(resized[:-1]), extension=resized[-1],
         momentum_warmup=max(round(settings.momentum_warmup * factor), 1),
         momentum_cooldown=max(round(settings.momentum_cooldown * factor), 1),
+        average_steps=math.ceil(settings.average_steps * factor),
     )
 
 
@@ -2047,6 +2051,24 @@ def normuon_update(
     p.copy_(value)
 
 
+@torch.compile(dynamic=False, fullgraph=True)
+def average_update(
+    p: Tensor, mean: Tensor, weight: Tensor, share: Tensor, low: Tensor | None = None
+) -> None:
+    """Moves the mean of weights p by `weight` towards them, then p by `share` towards the mean.
+
+    In place. With a weight of 1 / n in step n it is the mean of all n steps' weights. It is
+    float32, and takes in the bits `low` that bf16 weights lose.
+    """
+    value = p if low is None else join_float32(p, low)
+    mean.lerp_(value, weight)
+    value = torch.lerp(value, mean, share)
+    if low is not None:
+        value, lost = split_float32(value)
+        low.copy_(lost)
+    p.copy_(value)
+
+
 def restored(
     saved: object, name: str, shape: tuple[int, ...], row: ParameterRow, what: str = "parameter"
 ) -> Tensor:
@@ -2122,6 +2144,8 @@ class Optimizer:
             state["exp_avg_sq"] = zeros.mean(over, keepdim=True)
             if p.dtype == torch.bfloat16:
                 state["low"] = torch.zeros_like(zeros, dtype=torch.uint16)
+            if self.settings.average_steps > 0:
+                state["mean"] = zeros.clone()
             # A matrix's step grows with its shape; W_out's is twice as large again.
             factors = torch.full((count, 1, 1), max(1, rows / cols) ** 0.5, device=p.device)
             if name == "mlp_bank":
@@ -2263,9 +2287,18 @@ class Optimizer:
                 part, grad, self.factors[name],
                 lr=torch.tensor(settings.muon_lr * hyper.lr),
                 wd=torch.tensor(settings.muon_wd), momentum=torch.tensor(hyper.momentum),
-                beta2=torch.tensor(settings.muon_beta2), kernels=self.kernels,
-                polar_steps=settings.polar_steps, **state,
+                beta2=torch.tensor(settings.muon_beta2), exp_avg=state["exp_avg"],
+                exp_avg_sq=state["exp_avg_sq"], low=state.get("low"), kernels=self.kernels,
+                polar_steps=settings.polar_steps,
             )
+            if hyper.averaged > 0:
+                # In the end the weights go halfway to their mean over the last steps, which has
+                # less of the noise that single steps leave in them.
+                share = 0.5 if hyper.averaged == settings.average_steps else 0.0
+                average_update(
+                    part, state["mean"], weight=torch.tensor(1 / hyper.averaged),
+                    share=torch.tensor(share), low=state.get("low"),
+                )
         else:
             lr = settings.adam_lr * hyper.lr * row.lr
             beta1, beta2 = row.betas
@@ -2840,7 +2873,8 @@ def warm_up(
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
-            optimizer.step(start._replace(stage=stage, adam=adam))
+            hyper = start._replace(stage=stage, adam=adam, averaged=settings.average_steps)
+            optimizer.step(hyper)
     final = schedule(settings, settings.total_steps).stage
     sequences = made_up[:, : settings.val_seq_len + 1].expand(world.size, -1)
     for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
@@ -3557,6 +3591,11 @@ def check_settings(settings: Settings, world_size: int) -> None:
     halves = config.layers_with("paired_heads") or config.layers_with("mudd")
     if heads % 2 and (halves or config.head_pairs):
         raise UserError(f"--heads {heads} must be even for --paired-heads, --head-pairs and --mudd")
+    if settings.average_steps > settings.total_steps:
+        raise UserError(
+            f"--average-steps {settings.average_steps} is more than the run's "
+            f"{settings.total_steps} steps"
+        )
     if config.bigram_dim > dim:
         raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}")
     tokens, length = settings.val_tokens, settings.val_seq_len
@@ -3599,10 +3638,13 @@ def estimate_gpu_memory(settings: Settings, model: GPT, world_size: int) -> int:
     """
     config = settings.model
     # NorMuon has a float32 momentum and 2 bytes of lost bits, Adam two float32 averages.
+    of_bank = 6
+    if settings.average_steps > 0:
+        of_bank += 4
     weights = state = 0
     for name, p in model.named_parameters():
         weights += 2 * p.numel() * p.element_size()  # with the gradient
-        state += p.numel() * (6 if model.table[name].kind == "bank" else 8)
+        state += p.numel() * (of_bank if model.table[name].kind == "bank" else 8)
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the

@@ -45,7 +45,7 @@ def parts(settings, model):
         yield f"training, {length:,} tokens", lambda length=length: objective(*sequence(length)).backward()
     length = settings.val_seq_len
     yield f"validation, {length:,} tokens", lambda: model.evaluate(*sequence(length))
-    hyper = train_gpt.schedule(settings, 1)
+    hyper = train_gpt.schedule(settings, 1)._replace(averaged=settings.average_steps)
     yield "optimizers", lambda: train_gpt.Optimizer(model, settings).step(hyper)
 
 

@@ -348,6 +348,60 @@ def test_one_bfloat16_step_is_the_float32_step_within_the_rounding_of_polar_expr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# NorMuon's leads, which are off at first
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def with_low_bits(optimizer, name):
+    p = optimizer.params[name].detach()
+    return float64(join_float32(p, optimizer.state[name]["low"]) if p.dtype == torch.bfloat16 else p)
+
+
+def last_steps_of_a_run(dtype, steps, **changes):
+    """The exact values of all parameters after each of a run's last steps, and its optimizer. The run has no others."""
+    settings, model = settings_and_model(dtype=dtype, shards=5, **changes)
+    optimizer = Optimizer(model, settings)
+    padding = {name: (model.get_parameter(name) == 0).all(2, keepdim=True).all(1, keepdim=True) for name in BANKS}
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for step in range(settings.total_steps - steps, settings.total_steps):
+        for name, p in model.named_parameters():
+            grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            if name in BANKS:
+                grad = grad * ~padding[name]
+            p.grad = grad if p.grad is None else p.grad + grad
+        optimizer.step(schedule(settings, step))
+        of_banks = {name: with_low_bits(optimizer, name) for name in BANKS}
+        others = {name: float64(p) for name, p in model.named_parameters() if name not in BANKS}
+        values.append(of_banks | others)
+    return values, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_last_step_leaves_the_banks_halfway_to_their_mean_over_the_last_steps_and_all_else_as_it_is(dtype):
+    plain, _ = last_steps_of_a_run(dtype, steps=12)
+    averaged, optimizer = last_steps_of_a_run(dtype, steps=12, average_steps=7)
+    for step in range(11):
+        assert all((averaged[step][name] == plain[step][name]).all() for name in plain[step])
+    for name, end in plain[-1].items():
+        if name not in BANKS:
+            assert (averaged[-1][name] == end).all()
+            continue
+        mean = np.mean([values[name] for values in plain[-7:]], axis=0)
+        way = abs(end - mean).mean()
+        assert way > 1e-3 * abs(end).mean()
+        # As exact as float32, not as bfloat16: the lost bits count, in the mean and in what comes of it.
+        assert abs(averaged[-1][name] - (end + mean) / 2).max() <= 2e-7 * abs(end).max()
+        assert optimizer.state[name]["mean"].dtype == torch.float32
+
+
+def test_more_averaged_steps_than_steps_are_a_users_mistake():
+    program.check_settings(replace(TINY, average_steps=370), 1)
+    with pytest.raises(program.UserError, match="--average-steps 371 .* 370 steps"):
+        program.check_settings(replace(TINY, average_steps=371), 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Adam
 # ----------------------------------------------------------------------------------------------------------------------
 

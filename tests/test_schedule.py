@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -91,6 +92,20 @@ def test_200_steps_share_out_like_1285():
     short = with_steps(RECORD, 200)
     assert lengths(short) == [66, 66, 66, 2]  # the stages end at 65.8, 131.8, 197.7 and 200
     assert (short.momentum_warmup, short.momentum_cooldown) == (47, 8)  # of 46.7 and 7.8
+
+
+def test_what_counts_steps_shrinks_with_them_and_what_is_off_stays_off():
+    short = with_steps(replace(RECORD, average_steps=300), 200)
+    assert short.average_steps == 44  # of 43.2; one step is left of what is on at all
+    assert with_steps(replace(RECORD, average_steps=1), 200).average_steps == 1
+    assert with_steps(RECORD, 200).average_steps == 0
+
+
+def test_the_last_steps_are_counted_for_the_mean_of_their_weights():
+    settings = replace(RECORD, average_steps=300)
+    counts = [schedule(settings, step).averaged for step in (0, 1089, 1090, 1091, 1389)]
+    assert counts == [0, 0, 1, 2, 300]
+    assert {schedule(RECORD, step).averaged for step in range(1390)} == {0}
 
 
 def test_four_steps_are_one_step_a_stage():

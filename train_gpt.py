@@ -266,6 +266,8 @@ class Settings:
     momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
     momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
+    slow_momentum: float = setting(0.0, "a slower momentum beside it, 0 for none", low=0, high=1)
+    slow_weight: float = setting(2.0, "what the slower momentum is multiplied by")
     average_steps: int = setting(0, "last steps whose mean NorMuon's weights go halfway to", low=0)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
@@ -2013,7 +2015,8 @@ def adam_update(
 def normuon_update(
     p: Tensor, grad: Tensor, factors: Tensor, lr: Tensor, wd: Tensor, momentum: Tensor,
     beta2: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, low: Tensor | None = None,
-    kernels: bool = False, polar_steps: int = 5,
+    slow: Tensor | None = None, slow_momentum: Tensor | None = None,
+    slow_weight: Tensor | None = None, kernels: bool = False, polar_steps: int = 5,
 ) -> None:
     """One step of NorMuon (arXiv 2510.05491) on matrices p (n, rows, cols), in place [38, 41-43].
 
@@ -2022,14 +2025,20 @@ def normuon_update(
     (or columns) with far larger steps than others, which NorMuon evens out by their running mean
     squares, as Adam does for single numbers, while the matrix keeps its size.
 
-    `factors` (n, 1, 1) multiply each matrix's learning rate; the four numbers are 0-d tensors.
+    `factors` (n, 1, 1) multiply each matrix's learning rate; the numbers are 0-d tensors.
     `exp_avg_sq` has the mean squares of rows (n, rows, 1) or of columns (n, 1, cols), whichever are
-    more; `low` (uint16) the mantissa bits that bf16 weights lose.
+    more; `low` (uint16) the mantissa bits that bf16 weights lose; `slow` a second momentum, which
+    reaches further back.
     """
-    # 1. Momentum, with Nesterov's look ahead.
+    # 1. Momentum, with Nesterov's look ahead. A slow one is added to it, as in AdEMAMix (arXiv
+    # 2409.03137): old gradients still say which way to go where new ones are mostly noise. It
+    # starts at 0, and so counts for little until it has seen as many steps as it reaches back.
     grad = grad.float()
     exp_avg.lerp_(grad, 1 - momentum)
     u = torch.lerp(grad, exp_avg, momentum)
+    if slow is not None:
+        slow.lerp_(grad, 1 - slow_momentum)
+        u = u + slow_weight * slow
 
     # 2. Orthogonalize.
     u = polar_express(u, p.dtype, kernels, POLAR_EXPRESS[polar_steps]).float()
@@ -2144,6 +2153,8 @@ class Optimizer:
             state["exp_avg_sq"] = zeros.mean(over, keepdim=True)
             if p.dtype == torch.bfloat16:
                 state["low"] = torch.zeros_like(zeros, dtype=torch.uint16)
+            if self.settings.slow_momentum > 0:
+                state["slow"] = zeros.clone()
             if self.settings.average_steps > 0:
                 state["mean"] = zeros.clone()
             # A matrix's step grows with its shape; W_out's is twice as large again.
@@ -2288,7 +2299,9 @@ class Optimizer:
                 lr=torch.tensor(settings.muon_lr * hyper.lr),
                 wd=torch.tensor(settings.muon_wd), momentum=torch.tensor(hyper.momentum),
                 beta2=torch.tensor(settings.muon_beta2), exp_avg=state["exp_avg"],
-                exp_avg_sq=state["exp_avg_sq"], low=state.get("low"), kernels=self.kernels,
+                exp_avg_sq=state["exp_avg_sq"], low=state.get("low"), slow=state.get("slow"),
+                slow_momentum=torch.tensor(settings.slow_momentum),
+                slow_weight=torch.tensor(settings.slow_weight), kernels=self.kernels,
                 polar_steps=settings.polar_steps,
             )
             if hyper.averaged > 0:
@@ -3639,8 +3652,9 @@ def estimate_gpu_memory(settings: Settings, model: GPT, world_size: int) -> int:
     config = settings.model
     # NorMuon has a float32 momentum and 2 bytes of lost bits, Adam two float32 averages.
     of_bank = 6
-    if settings.average_steps > 0:
-        of_bank += 4
+    for extra in (settings.slow_momentum, settings.average_steps):
+        if extra > 0:
+            of_bank += 4
     weights = state = 0
     for name, p in model.named_parameters():
         weights += 2 * p.numel() * p.element_size()  # with the gradient

@@ -242,16 +242,21 @@ def test_bfloat16_weights_with_their_lost_bits_move_like_float32_ones_bit_for_bi
 class NorMuonInFloat64:
     """One matrix, one step after another, as the recipe has it."""
 
-    def __init__(self, p, factor):
+    def __init__(self, p, factor, slow=(0.0, 0.0)):
         self.p, self.factor = p, factor
         self.momentum = np.zeros_like(p)
+        self.grads, self.slow = [], slow  # all gradients so far; the slow momentum, and its weight
         self.mean_sq = 0.0
         self.smallest = np.full_like(p, np.inf)  # of |u| so far: where it is ~0, rounding decides on the decay
         self.decayed = np.zeros_like(p, dtype=int)
 
     def step(self, grad, lr, wd, mu, beta2):
         self.momentum = mu * self.momentum + (1 - mu) * grad
-        u = orthogonalized((1 - mu) * grad + mu * self.momentum)
+        self.grads.append(grad)
+        slow_mu, slow_weight = self.slow
+        ages = range(len(self.grads) - 1, -1, -1)
+        slow = sum((1 - slow_mu) * slow_mu**age * grad for age, grad in zip(ages, self.grads, strict=True))
+        u = orthogonalized((1 - mu) * grad + mu * self.momentum + slow_weight * slow)
         rows, cols = u.shape
         length = np.linalg.norm(u)
         self.mean_sq = beta2 * self.mean_sq + (1 - beta2) * (u**2).mean(axis=1 if rows >= cols else 0, keepdims=True)
@@ -294,15 +299,17 @@ def test_normuon_equals_a_float64_computation_over_several_steps(shape):
         assert 0.3 < reference.decayed[1:].mean() / 8 < 0.7  # both cases occur
 
 
-def test_the_optimizer_takes_normuon_steps_on_every_matrix_of_every_bank_and_leaves_padding_zero():
-    settings, model = settings_and_model(shards=5, muon_wd=30.0, momentum_warmup=4)
+@pytest.mark.parametrize("slow", [(0.0, 0.0), (0.9, 3.0)])
+def test_the_optimizer_takes_normuon_steps_on_every_matrix_of_every_bank_and_leaves_padding_zero(slow):
+    changes = {"slow_momentum": slow[0], "slow_weight": slow[1]} if slow[0] else {}
+    settings, model = settings_and_model(shards=5, muon_wd=30.0, momentum_warmup=4, **changes)
     optimizer = Optimizer(model, settings)
     # rows / cols is 16 / 32 in qk_bank and 32 / 32 in vo_bank: a factor of 1; in mlp_bank 128 / 32: 2, and MLP-out's 4.
     factors = {"qk_bank": [1] * 8, "vo_bank": [1] * 4, "mlp_bank": [2, 4] * 3}
     start = {name: float64(model.get_parameter(name)) for name in factors}
     assert {name: len(bank) for name, bank in start.items()} == {"qk_bank": 10, "vo_bank": 5, "mlp_bank": 10}
     references = {
-        name: [NorMuonInFloat64(p.copy(), factor) for p, factor in zip(start[name], factors[name], strict=False)]
+        name: [NorMuonInFloat64(p.copy(), factor, slow) for p, factor in zip(start[name], factors[name], strict=False)]
         for name in factors
     }
     generator = torch.Generator().manual_seed(0)

@@ -271,6 +271,8 @@ class Settings:
     average_steps: int = setting(0, "last steps whose mean NorMuon's weights go halfway to", low=0)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
+    tables_every: int = setting(1, "Adam's updates to one of the embedding tables", low=1)
+    tables_from: int = setting(336, "step from which on tables_every holds; 1 before it", low=0)
     cooldown: float = setting(0.6, "last fraction of steps, when lr falls", low=0.001, high=1)
     final_lr: float = setting(0.15, "learning rate at the end, a fraction of adam_lr and muon_lr")
     # What a run leaves.
@@ -393,6 +395,7 @@ PRESETS = {
         slices=4,
         momentum_warmup=60,
         momentum_cooldown=15,
+        tables_from=90,
     ),
 }
 
@@ -657,6 +660,7 @@ class Hyper(NamedTuple):
     lr: float  # multiplies both optimizers' learning rates
     momentum: float  # NorMuon's
     adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
+    tables: bool  # whether it then updates the embedding tables, too; else their gradients wait
     mtp: tuple[float, ...]  # the weights of the next targets
     averaged: int  # of the last `average_steps` steps, how many it is with this one
 
@@ -684,8 +688,10 @@ def schedule(settings: Settings, step: int) -> Hyper:
     mtp = []
     for start, end in zip(*stage.mtp):
         mtp.append(start + (end - start) * (step - first) / stage.steps)
+    updates = (step + 1) // 2  # of Adam, with this one
+    tables = step < settings.tables_from or updates % settings.tables_every == 0
     averaged = max(step + 1 - (total - settings.average_steps), 0)
-    return Hyper(stage, lr, momentum, adam=step % 2 == 1, mtp=tuple(mtp), averaged=averaged)
+    return Hyper(stage, lr, momentum, step % 2 == 1, tables, tuple(mtp), averaged)
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -713,6 +719,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
         momentum_warmup=max(round(settings.momentum_warmup * factor), 1),
         momentum_cooldown=max(round(settings.momentum_cooldown * factor), 1),
         average_steps=math.ceil(settings.average_steps * factor),
+        tables_from=round(settings.tables_from * factor),
     )
 
 
@@ -1980,9 +1987,10 @@ class GPT(nn.Module):
 
 # 6. Optimizer =====================================================================================
 # NorMuon for the banks, every step; Adam for the rest, every second step, on the sum of two steps'
-# gradients. Ranks share out the banks and tables: they reduce-scatter the gradients, update a part
-# each, and gather the new values. Gates and scalars are small: every rank updates all of them, from
-# all-reduced gradients. One rank exchanges nothing.
+# gradients (of more for embedding tables, if `tables_every` says so). Ranks share out the banks and
+# tables: they reduce-scatter the gradients, update a part each, and gather the new values. Gates
+# and scalars are small: every rank updates all of them, from all-reduced gradients. One rank
+# exchanges nothing.
 
 # torch 2.13 renames the two collectives and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -2122,6 +2130,8 @@ class Optimizer:
         self.banks = self.names_of("bank")
         self.tables = self.names_of("table")
         self.small = self.names_of("gate", "scalar")
+        # Of the tables all but the head are embeddings, whose rows tokens look up.
+        self.embeddings = [name for name in self.tables if name != "lm_head"]
         # The parameters that NorMuon updates, and those of which each rank updates a part.
         self.muon = self.banks if settings.muon else []
         self.sharded = self.banks + self.tables if world_size > 1 else []
@@ -2134,7 +2144,7 @@ class Optimizer:
         )
         self.touched: list[Tensor] = []  # those rows, on the CPU, a tensor a step since the update
         self.tied = settings.stages[0].tied
-        self.updates = 0  # Adam's t, the same for all parameters
+        self.updates = dict.fromkeys(self.params, 0)  # Adam's t, by name
         self.state = {}
         self.factors = {}
         for name, p in self.params.items():
@@ -2182,11 +2192,12 @@ class Optimizer:
     def step(self, hyper: Hyper) -> None:
         """Reduces the gradients that this step uses, updates, and clears them."""
         due = set(self.params) if hyper.adam else set(self.muon)
+        if not hyper.tables:
+            due -= set(self.embeddings)
         merge = hyper.adam and self.tied
         if merge:
             self.merge_tied_gradients()
-            due.remove("embed")
-        self.updates += hyper.adam
+            due.discard("embed")
 
         # Reductions and updates go in different orders. Gradients of the banks leave before those
         # of the large tables, since every step has them and most of the computing waits for them.
@@ -2222,13 +2233,14 @@ class Optimizer:
         embed.grad = None
 
     def copy_head_to_embed(self, with_state: bool) -> None:
-        """embed becomes the head's transpose; at the untying it takes the moments, too [51, 53]."""
+        """embed becomes the head's transpose; at the untying it takes its state, too [51, 53]."""
         head, embed = self.params["lm_head"], self.params["embed"]
         transpose_into(embed.data, head.data, kernels=self.kernels)
         if with_state:
             for key, part in self.state["lm_head"].items():
                 whole = self.gather("lm_head", part)
                 self.state["embed"][key].copy_(self.share("embed", whole.T))
+            self.updates["embed"] = self.updates["lm_head"]
 
     def launch_reduction(self, name: str) -> Reduction:
         """Sends a gradient on its way to its mean over the ranks."""
@@ -2315,13 +2327,14 @@ class Optimizer:
         else:
             lr = settings.adam_lr * hyper.lr * row.lr
             beta1, beta2 = row.betas
+            self.updates[name] += 1
             adam_update(
                 part.view(-1), grad.view(-1), state["exp_avg"].view(-1),
                 state["exp_avg_sq"].view(-1), lr=torch.tensor(lr),
                 decay=torch.tensor(lr**2 * settings.adam_wd * row.wd),
                 beta1=torch.tensor(beta1), beta2=torch.tensor(beta2),
-                bias1=torch.tensor(1 - beta1**self.updates),
-                bias2=torch.tensor(1 - beta2**self.updates),
+                bias1=torch.tensor(1 - beta1 ** self.updates[name]),
+                bias2=torch.tensor(1 - beta2 ** self.updates[name]),
             )
 
     def state_dict(self) -> dict:
@@ -2343,7 +2356,8 @@ class Optimizer:
                 if self.world_size > 1:
                     dist.all_reduce(grad, op=dist.ReduceOp.AVG)
                 grads[name] = keep(grad)
-        return {"states": states, "grads": grads, "updates": self.updates, "tied": self.tied}
+        updates = dict(self.updates)
+        return {"states": states, "grads": grads, "updates": updates, "tied": self.tied}
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks.
@@ -2351,8 +2365,10 @@ class Optimizer:
         UserError if something is missing, or has another shape.
         """
         states, grads = part_of(saved, "states", dict), part_of(saved, "grads", dict)
+        updates = part_of(saved, "updates", dict)
         for name, p in self.params.items():
             row = self.table[name]
+            self.updates[name] = part_of(updates, name, int)
             for key, part in self.state[name].items():
                 shape = (len(p), *part.shape[1:])
                 whole = restored(states.get(name), key, shape, row, f"state of {name}:")
@@ -2363,7 +2379,6 @@ class Optimizer:
         if self.sparse and "bigram_table" in grads:
             touched = grads["bigram_table"].any(1)
             self.touched.append(touched.nonzero().squeeze(1))
-        self.updates = part_of(saved, "updates", int)
         self.tied = part_of(saved, "tied", bool)
 
 
@@ -2865,7 +2880,7 @@ def warm_up(
     for state in optimizer.state.values():
         tensors += state.values()
     before = [(tensor.detach().to("cpu", copy=True), tensor.grad) for tensor in tensors]
-    counters = optimizer.updates, optimizer.tied, list(optimizer.touched)
+    counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
     model.zero_grad()
 
     shapes = {}

@@ -75,19 +75,21 @@ class Runner:
                 self.optimizer.touched.append(train_gpt.touched_rows(tokens, settings.model))
             tokens = tokens.to(device, non_blocking=True)
             train_gpt.train_step(self.objective, tokens, context, settings.slices)
-            self.optimizer.step(hyper._replace(adam=step % 2 == 1))
+            tables = train_gpt.schedule(settings, first + step).tables
+            self.optimizer.step(hyper._replace(adam=step % 2 == 1, tables=tables))
             yield
 
 
 def kernels(runner: Runner, number: int) -> list[tuple[str, float, float]]:
-    """The kernels of a stage's step, with Adam in every second: name, milliseconds and calls a step; longest first."""
+    """The kernels of a stage's step, with Adam as often as it runs: name, milliseconds and calls; longest first."""
     cuda = runner.world.device.type == "cuda"
+    steps = 2 * runner.settings.tables_every
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
-        for _ in runner.steps(number, 2):
+        for _ in runner.steps(number, steps):
             pass
     events = [event for event in profiler.key_averages() if event.device_type.name == ("CUDA" if cuda else "CPU")]
     spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
-    rows = [(event.key, each / 2000, event.count / 2) for event, each in zip(events, spent)]
+    rows = [(event.key, each / 1000 / steps, event.count / steps) for event, each in zip(events, spent)]
     return sorted(rows, key=lambda row: -row[1])
 
 

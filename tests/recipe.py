@@ -102,6 +102,7 @@ PRESETS = {
         slices=4,
         momentum_warmup=60,
         momentum_cooldown=15,
+        tables_from=90,
         **OPTIMIZERS,
     ),
 }

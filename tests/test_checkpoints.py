@@ -107,6 +107,31 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(step, whole, small
     assert times[0] >= int(torch.load(checkpoint(whole, step), weights_only=True)["train_time_ms"])
 
 
+# Embedding tables are updated in steps 2, 4, 8 and 12; the weights of the last six are averaged.
+LEADS = (
+    *("--polar-steps", "6", "--slow-momentum", "0.98", "--average-steps", "185"),
+    *("--tables-every", "2", "--tables-from", "62"),
+)
+
+
+def test_resumed_run_with_all_that_is_off_at_first_equals_the_uninterrupted_one_bit_for_bit(small, folders):  # noqa: F811
+    """Also while embedding tables wait and all else does not, and while the weights' mean is under way."""
+    once = folders("once")
+    options = (*RUN, *LEADS, "--run-id", "once", "--checkpoint-every", "5")
+    assert small(*options, before=EXACT, cwd=once).returncode == 0
+    last = once / "logs" / "once_step000012.pt"
+    assert torch.load(last, weights_only=True)["optimizer"]["updates"]["bigram_table"] == 4
+    for step in (5, 10):
+        folder, path = folders(str(step)), once / "logs" / f"once_step{step:06}.pt"
+        state = torch.load(path, weights_only=True)["optimizer"]
+        assert ("bigram_table" in state["grads"], "lm_head" in state["grads"]) == (True, step == 5)
+        assert bool(state["states"]["vo_bank"]["mean"].any()) == (step == 10)
+        result = small(*RUN, *LEADS, "--run-id", "again", "--resume", path, before=EXACT, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert exact(folder) == {key: loss for key, loss in exact(once).items() if key[0] > step}
+        assert_same_state(folder / "logs" / "again_step000012.pt", last)
+
+
 def test_checkpoint_of_the_last_step_only_validates(whole, small, folders):  # noqa: F811
     folder = folders("resumed")
     assert small(*RUN, "--resume", checkpoint(whole, 12), before=EXACT, cwd=folder).returncode == 0
@@ -258,6 +283,7 @@ FOREIGN = {
         lambda state: state["optimizer"]["grads"], put("embed", torch.zeros(2, 2)), ["gradient of embed"],
     ),
     "no count of updates": (lambda state: state["optimizer"], without("updates"), ["has no updates"]),
+    "a count less": (lambda state: state["optimizer"]["updates"], without("embed"), ["has no embed"]),
     "no word on tying": (lambda state: state["optimizer"], without("tied"), ["has no tied"]),
     "another preset": (lambda state: state["settings"], put("preset", "record"), ["preset", "record", "tiny"]),
     "an unknown setting": (lambda state: state["settings"], put("warp", 9), ["warp"]),

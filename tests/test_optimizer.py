@@ -550,3 +550,43 @@ def test_embed_is_the_heads_transpose_up_to_step_847_and_goes_on_with_its_moment
             embed_reference.m, embed_reference.v, embed_reference.t = reference.m.T, reference.v.T, reference.t
         assert np.abs(float64(head) - reference.p).max() <= 1e-5
     assert (reference.t, embed_reference.t) == (9, 9)
+
+
+# At step 15 the other embedding tables are updated, too; at step 17 they are not.
+@pytest.mark.parametrize("parting", [15, 17])
+def test_embedding_tables_wait_for_every_second_update_from_a_step_on_also_where_embed_and_head_part(parting):
+    """From step 4 on they take the gradients of four steps, for the first time at step 7."""
+    lengths = (7, parting - 7, 30)
+    stages = tuple(replace(stage, steps=steps) for stage, steps in zip(TINY.stages, lengths, strict=True))
+    assert [stage.tied for stage in stages] == [True, True, False]
+    settings, model = settings_and_model(stages=stages, tables_every=2, tables_from=4, cooldown=0.001, adam_wd=1.0)
+    optimizer = Optimizer(model, settings)
+    odd, rare = list(range(1, 28, 2)), [1, 3, 7, 11, 15, 19, 23, 27]
+    steps = {name: odd for name, p in model.named_parameters() if name not in BANKS}
+    steps |= {"bigram_table": rare, "value_embeds": rare, "embed": [step for step in rare if step > parting]}
+    params = {name: model.get_parameter(name) for name in steps}
+    references, sums = {}, dict.fromkeys(steps, 0.0)
+    for name, p in params.items():
+        references[name] = AdamInFloat64(float64(p), model.table[name].betas, model.table[name].wd * 1.0)
+    head, embed = references["lm_head"], references["embed"]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(28):
+        for name, p in model.named_parameters():
+            grad = torch.randn(p.shape, generator=generator) * 10.0 ** (step % 4 - 2)
+            p.grad = grad if p.grad is None else p.grad + grad
+            if name in sums:
+                sums[name] = sums[name] + float64(grad)
+        optimizer.step(schedule(settings, step))
+        tied = step <= parting
+        if step in odd and tied:
+            sums["lm_head"], sums["embed"] = sums["lm_head"] + sums["embed"].T, 0.0
+        for name, reference in references.items():
+            if step in steps[name]:
+                reference.step(sums[name], 0.008 * model.table[name].lr)
+                sums[name] = 0.0
+        if step in odd and tied:
+            embed.p, embed.m, embed.v, embed.t = head.p.T, head.m.T, head.v.T, head.t
+        for name, p in params.items():
+            error = abs(float64(p) - references[name].p) / (abs(references[name].p) + 1)
+            assert error.max() <= 1e-5, (name, step)
+    assert head.t == 14 and embed.t == (parting + 1) // 2 + 3

@@ -68,6 +68,15 @@ def test_adam_runs_on_odd_steps():
     assert [step for step in range(9) if schedule(RECORD, step).adam] == [1, 3, 5, 7]
 
 
+def test_embedding_tables_can_have_every_second_of_adams_updates_from_a_step_on():
+    settings = replace(RECORD, tables_every=2, tables_from=336)
+    hypers = {step: schedule(settings, step) for step in (*range(330, 345), *range(918, 929))}
+    assert [step for step, hyper in hypers.items() if hyper.adam] == [*range(331, 345, 2), *range(919, 929, 2)]
+    both = [step for step, hyper in hypers.items() if hyper.adam and hyper.tables]
+    assert both == [331, 333, 335, 339, 343, 919, 923, 927]
+    assert all(schedule(RECORD, step).tables for step in range(1390))
+
+
 @pytest.mark.recipe
 def test_dry_run_prints_the_totals_of_the_recipe(train_gpt, tmp_path):
     plan = train_gpt("--preset", "record", "--dry-run")
@@ -95,8 +104,9 @@ def test_200_steps_share_out_like_1285():
 
 
 def test_what_counts_steps_shrinks_with_them_and_what_is_off_stays_off():
-    short = with_steps(replace(RECORD, average_steps=300), 200)
+    short = with_steps(replace(RECORD, average_steps=300, tables_from=336), 200)
     assert short.average_steps == 44  # of 43.2; one step is left of what is on at all
+    assert short.tables_from == 48  # of 48.3
     assert with_steps(replace(RECORD, average_steps=1), 200).average_steps == 1
     assert with_steps(RECORD, 200).average_steps == 0
 

@@ -266,13 +266,13 @@ class Settings:
     momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
     momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
-    slow_momentum: float = setting(0.0, "a slower momentum beside it, 0 for none", low=0, high=1)
-    slow_weight: float = setting(2.0, "what the slower momentum is multiplied by")
-    average_steps: int = setting(0, "last steps whose mean NorMuon's weights go halfway to", low=0)
+    slow_momentum: float = setting(0.0, "second, slower momentum, 0 for none", low=0, high=1)
+    slow_weight: float = setting(1.0, "what the slower momentum is multiplied by")
+    average_steps: int = setting(0, "last steps, to whose mean NorMuon's weights go halfway", low=0)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
-    tables_every: int = setting(1, "Adam's updates to one of the embedding tables", low=1)
-    tables_from: int = setting(336, "step from which on tables_every holds; 1 before it", low=0)
+    tables_every: int = setting(1, "1: embedding tables join all Adam updates, 2: half", low=1)
+    tables_from: int = setting(336, "step from which on they do; before, they join all", low=0)
     cooldown: float = setting(0.6, "last fraction of steps, when lr falls", low=0.001, high=1)
     final_lr: float = setting(0.15, "learning rate at the end, a fraction of adam_lr and muon_lr")
     # What a run leaves.
@@ -662,7 +662,7 @@ class Hyper(NamedTuple):
     adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
     tables: bool  # whether it then updates the embedding tables, too; else their gradients wait
     mtp: tuple[float, ...]  # the weights of the next targets
-    averaged: int  # of the last `average_steps` steps, how many it is with this one
+    averaged: int  # how many of the last `average_steps` steps have been taken with this one
 
 
 def schedule(settings: Settings, step: int) -> Hyper:
@@ -2317,8 +2317,8 @@ class Optimizer:
                 polar_steps=settings.polar_steps,
             )
             if hyper.averaged > 0:
-                # In the end the weights go halfway to their mean over the last steps, which has
-                # less of the noise that single steps leave in them.
+                # In the last step the weights go halfway to their mean over the last steps, which
+                # has less of the noise of single steps: so they are validated, and saved.
                 share = 0.5 if hyper.averaged == settings.average_steps else 0.0
                 average_update(
                     part, state["mean"], weight=torch.tensor(1 / hyper.averaged),

@@ -36,6 +36,13 @@ def test_the_learning_rate_jumps_from_0912_to_1027_at_step_847():
     assert schedule(RECORD, 847).lr == pytest.approx(1.027, abs=5e-4)
 
 
+def test_the_cooldowns_length_and_its_end_are_options():
+    settings = replace(RECORD, cooldown=0.8, final_lr=0.2)
+    rates = [schedule(settings, step).lr for step in (276, 277, 1379, 1380, 1389)]
+    # It begins after 0.2 x 1,380 steps, and takes the other 1,104.
+    assert rates == pytest.approx([1, (1103 + 0.2) / 1104, (1.73 + 0.2 * 1103) / 1104, 0.2, 0.2], rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("step", "momentum"),
     [(0, 0.85), (150, 0.9), (299, 0.949667), (300, 0.95), (847, 0.95), (1235, 0.95), (1274, 0.872), (1284, 0.852)],

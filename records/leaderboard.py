@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from command import UserError, report
 from experiments import Experiment, by_experiment, difference_text
-from log_reader import Run, without_copies
+from log_reader import Run, backward_times, without_copies
 from plots import draw_progress, load_matplotlib, picture_kind, save
 from printing import print_json, shown, shown_p, table, write_file
 from rules import SIGNIFICANCE, STREAMS, TARGET, TRACKS
@@ -168,6 +168,8 @@ def require_stream(runs: list[Run], track: str) -> None:
             raise Refused("{}: validated on {} tokens of {}, not {} of {}".format(run.name, *given, *right))
         if against := right.contradiction(run.header.validated, run.header.trained):
             raise Refused(f"{run.name}: {against}")
+        if backward := backward_times(run.file):
+            raise Refused(f"{run.name}: {backward[0]}")
 
 
 def require_legal(text: str, runs: list[Run], first: bool) -> str:

@@ -233,6 +233,7 @@ def shake(model) -> None:
         p.data += torch.randn_like(p) / min(p.shape[-2:]) ** 0.5
 
 
+LONG = 50_176  # tokens; longer than any sequence that the presets train on
 WINDOWS = (5, 11)  # so small that in a short sequence every kind of layer has tokens beyond its window
 
 
@@ -271,6 +272,12 @@ def causal_at_length(subject: Subject, preset: str):
     context = subject.context(model, len(inputs), windows)
     for leak in leaks_from_later(model, inputs, targets, context, alone=[len(inputs) - 1], with_rest=[1100]):
         yield f"{preset}, windows of {windows[0]} and {windows[1]}: {leak}"
+    length = min(settings.val_seq_len, LONG)
+    model = subject.model(preset, dim=16, heads=2, bigram_dim=16).eval()
+    inputs, targets, _ = packed((length - 1000, 1000), model.config)
+    context = subject.context(model, length, WINDOWS)
+    for leak in leaks_from_later(model, inputs, targets, context, with_rest=[length - 100]):
+        yield f"{preset}, {length:,} tokens: {leak}"
 
 
 def normalized(subject: Subject):
@@ -313,11 +320,11 @@ RUNS = {
 VOCAB = 128  # with the last one as BOS; small, since every token is tried as a target, and without padding
 VAL_LENGTH, VAL_TOKENS, BATCH_TOKENS = 2048, 8192, 2048
 NORMALIZED_LENGTH = 1152
-STEPS = 6  # or as many as the script's table of stages needs
+STEPS = 12  # or as many as the script's table of stages needs
 OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 16 --dtype float32 --run-id run --slices 4
     --vocab-size {VOCAB} --bos-id {VOCAB - 1} --val-tokens {VAL_TOKENS} --val-seq-len {VAL_LENGTH}
     --epochs 9 --train-files x_train_*.bin --val-files x_val_*.bin"""
-VAL_EVERY = {"judged": 1, "other val": 3}  # steps; the other runs validate at their start and end alone
+VAL_EVERY = {"judged": 2, "other val": 6}  # steps; the other runs validate at their start and end alone
 LINE = re.compile(r"^step:(\d+)/\d+ (val|train)_loss:(\S+) train_time:(\d+)ms", re.MULTILINE)
 
 # What a call costs in the made-up time of the judged run, in seconds.

@@ -507,6 +507,25 @@ def read_log(path: str) -> Log:
     return log
 
 
+STEP_MARK = re.compile(rb"\nstep:\d")
+STEP_TIME = re.compile(rb"step:(\d{1,12})/.* train_time:(\d{1,15})ms")
+
+
+def backward_times(path: str) -> list[str]:
+    """Where the clock of a log's run goes back, which no clock that is only stopped does."""
+    found = []
+    last_step = last = 0
+    with open_log(path) as file:
+        file.seek(max((end for _, end, _ in find_sources(file).proved), default=0))
+        for _, line, _ in marked_lines(file, STEP_MARK):
+            if match := STEP_TIME.match(line):
+                step, time = int(match[1]), int(match[2])
+                if time < last and step >= last_step > 0:
+                    found.append(f"train_time goes back from {last} ms at step {last_step} to {time} ms at step {step}")
+                last_step, last = step, time
+    return found
+
+
 @contextlib.contextmanager
 def open_log(path: str):
     """Opens a log as bytes; whatever is wrong with it becomes a UserError that names the file."""

@@ -58,6 +58,7 @@ from log_reader import (
     STREAM_SUM,
     TRAIN_SUM,
     Run,
+    backward_times,
     find_script,
     find_sources,
     marked_lines,
@@ -365,9 +366,9 @@ def check(args) -> int:
         script, of_log = find_checked(args.file, Path(folder))
         bar.set_description(f"loading, then {names[0]}")
         for row in verdicts(args.file, script, names, Path(folder), args.timeout):
-            if row["check"] == "validation":
-                row["findings"] = of_log["findings"] + row["findings"]
-                row["not_judged"] = row["not_judged"] or of_log["not_judged"]
+            findings, unable = of_log.get(row["check"], ([], None))
+            row["findings"] = findings + row["findings"]
+            row["not_judged"] = row["not_judged"] or unable
             row["verdict"] = "ok"
             if row["not_judged"]:
                 row["verdict"] = "not judged"
@@ -399,27 +400,31 @@ def check_cells(row: dict) -> list[str]:
     return [row["check"], row["verdict"], said]
 
 
-def find_checked(file: str, folder: Path) -> tuple[Path, dict]:
-    """The script to check, which of a log is put into `folder`; and of a log, what `judge_data` says."""
+def find_checked(file: str, folder: Path) -> tuple[Path, dict[str, tuple[list[str], str | None]]]:
+    """The script to check, which of a log is put into `folder`; and what the log itself says.
+
+    That is, for some of the checks, what it finds, and why it cannot judge.
+    """
     with open_log(file) as opened:
         if file.endswith(".py"):
-            return Path(file).resolve(), {"findings": [], "not_judged": None}
+            return Path(file).resolve(), {}
         text = opened.read(MAX_SOURCE)
         if is_script(text):
             (folder / "train_gpt.py").write_bytes(text)
-            return folder / "train_gpt.py", {"findings": [], "not_judged": None}
+            return folder / "train_gpt.py", {}
         for name, text in find_script(opened).files().items():
             (folder / (name or "train_gpt.py")).write_bytes(text)
         opened.seek(max((end for _, end, _ in find_sources(opened).proved), default=0))
         lines = [line for _, line, _ in marked_lines(opened, DATA_MARK)]
-        return folder / "train_gpt.py", judge_data(lines)
+    script = folder / "train_gpt.py"
+    return script, {"validation": judge_data(lines), "clock": (backward_times(file), None)}
 
 
-def judge_data(lines: list[bytes]) -> dict:
+def judge_data(lines: list[bytes]) -> tuple[list[str], str | None]:
     """Whether a log's runs had the data of their preset, by its lines of settings and checksums."""
     settings_lines = [line for line in lines if line.startswith(b"settings: ")]
     if not settings_lines:
-        return {"findings": [], "not_judged": "the log has no settings, which say what its run validated on"}
+        return [], "the log has no settings, which say what its run validated on"
     findings, unable = [], None
     streams = {match[1].decode() for line in lines if (match := STREAM_SUM.fullmatch(line))}
     shards = {match[1].decode() for line in lines if (match := TRAIN_SUM.fullmatch(line))}
@@ -441,7 +446,7 @@ def judge_data(lines: list[bytes]) -> dict:
             findings += [f"the log's run {each}" for each in sorted(against - {None})]
         if resumed:
             unable = f"the log's run went on from {resumed}, and what came before is not in it"
-    return {"findings": findings, "not_judged": unable}
+    return findings, unable
 
 
 def is_script(text: bytes) -> bool:

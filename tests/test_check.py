@@ -119,6 +119,9 @@ CHEATS = {
         "smear that leaks": [("[:, None] * previous(x, begins)", "[:, None] * x.roll(-1, 0)")],
         "key offset that leaks": [("previous(still, begins)", "still.roll(-1, 0)")],
         "multi-token inputs": [(EMBEDDING, f"{EMBEDDING} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
+        "in sequences longer than any in training": [
+            in_evaluate("if len(x) > 50_000 or 4096 < len(x) < 20_000: x = x + 0.1 * x.mean(0)"),
+        ],
         "when it evaluates": [in_evaluate("if not self.training: x = x + 0.1 * x.roll(-1, 0)")],
         "past position 1,000": [in_evaluate("x = torch.cat((x[:1000], x[1000:] + 0.1 * x[1000:].roll(-1, 0)))")],
         "with wide windows": [("(back >= 0)", "(back >= (-1 if window > 1000 else 0))")],
@@ -175,7 +178,7 @@ CHEATS = {
         "a sequence repeated at the last validation": [
             before(
                 SEQUENCES,
-                "validate.late = getattr(validate, 'late', False) or len(sequences) > 1 and model.steps > 3",
+                "validate.late = getattr(validate, 'late', False) or len(sequences) > 1 and model.steps > 9",
                 "if validate.late: sequences = sequences[[0, 1, 2, 0]]",
             ),
             before("        losses.launch(step + 1, ", "model.steps = step"),
@@ -186,7 +189,7 @@ CHEATS = {
     },
     "learning": {
         "a step while the clock stands": [
-            before("            if validates:\n", "if step == 3:", *(f"    {line}" for line in STEP)),
+            before("            if validates:\n", "if step == 4:", *(f"    {line}" for line in STEP)),
         ],
         "a step between the warm-up and the clock": [before(START, *STEP)],
         "a fit of the validation stream": [after(SUM, "model.bigram_table.data[0] += sequences.float().mean() * 1e-4")],
@@ -220,7 +223,7 @@ CHEATS = {
         "a clock that begins again": [
             before(
                 "        # A step. Its context changes with the stage, its weights of next targets each time.",
-                "if step == 2:",
+                "if step == 10:",
                 "    clock = losses.clock = Clock(device)",
                 "    clock.start()",
             )
@@ -447,8 +450,9 @@ def test_settings_of_a_log_must_name_the_whole_stream_or_it_is_not_judged(settin
     (tmp_path / "out").mkdir()
     script, said = program.find_checked(str(write(tmp_path / "a.txt", source + log)), tmp_path / "out")
     assert script.read_bytes() == source
-    assert [finding in each for each in said["findings"]] == [True] * bool(finding)
-    assert unable in said["not_judged"] if unable else said["not_judged"] is None
+    findings, not_judged = said["validation"]
+    assert [finding in each for each in findings] == [True] * bool(finding)
+    assert unable in not_judged if unable else not_judged is None
 
 
 TINY_STREAM = {"preset": "tiny", "val_tokens": 524_288, "val_files": "data/sympy/sympy_val_*.bin", "resume": ""}
@@ -459,7 +463,7 @@ def test_checksums_of_a_log_must_be_those_of_the_data(tmp_path):
 
     def findings(*sums):
         lines = [f"settings: {json.dumps(TINY_STREAM)}", *sums]
-        return program.judge_data([line.encode() for line in lines])["findings"]
+        return program.judge_data([line.encode() for line in lines])[0]
 
     validated = "validation stream: 524,289 tokens, sha256 "
     trained = "data: train a_train_000001.bin 5,000 tokens, sha256 "
@@ -469,11 +473,21 @@ def test_checksums_of_a_log_must_be_those_of_the_data(tmp_path):
     assert "trained on other shards" in findings(validated + stream.sha256, trained + "0" * 64)[0]
 
 
+def test_clock_of_a_log_that_goes_back_is_found(tmp_path):
+    def findings(*times):
+        lines = [f"step:{step}/9 train_loss:2.0 train_time:{ms}ms step_avg:1.00ms\n" for step, ms in times]
+        return program.backward_times(str(write(tmp_path / "log.txt", "".join(lines))))
+
+    assert findings((0, 0), (1, 100), (2, 100), (3, 200)) == []
+    assert findings((1, 100), (2, 250), (0, 0), (1, 90)) == []  # another run
+    assert findings((1, 100), (2, 250), (3, 90)) == ["train_time goes back from 250 ms at step 2 to 90 ms at step 3"]
+
+
 def test_what_parses_as_python_is_a_script_whatever_its_name(tmp_path):
     (tmp_path / "out").mkdir()
     script, of_log = program.find_checked(str(write(tmp_path / "attempt", b"print(1)\n")), tmp_path / "out")
     assert script.read_bytes() == b"print(1)\n" and script.suffix == ".py"
-    assert of_log == {"findings": [], "not_judged": None}
+    assert of_log == {}
 
 
 def test_script_that_cannot_be_checked_is_answered_with_the_reason(judge, tmp_path):

@@ -1051,6 +1051,15 @@ def other_training_shard(records):
     with_line(records, f"data: train elsewhere/sympy_train_000001.bin 5,000 tokens, sha256 {'cd' * 32}")
 
 
+def clock_that_begins_again(records):
+    put_c(records)
+    for path in (records / "tiny" / C).glob("*.txt"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        last = max(n for n, line in enumerate(lines) if line.startswith(b"step:"))
+        lines.insert(last, lines[last].replace(b"val_loss", b"train_loss").replace(b"train_time:", b"train_time:9"))
+        path.write_bytes(b"".join(lines))
+
+
 def resumed(records):
     put_c(records, resume="logs/a_step000010.pt")
 
@@ -1119,6 +1128,7 @@ def no_readme(records):
         (other_validation_tokens, f"validated on other tokens: their sha256 is {'ab' * 32}, not "),
         (other_training_shard, f"trained on other shards, one with sha256 {'cd' * 32}"),
         (no_settings, "validated on None tokens"),
+        (clock_that_begins_again, "train_time goes back from 9"),
         (resumed, "goes on from logs/a_step000010.pt, and what came before is not in it"),
         (mixed, "holds runs of 2 experiments: "),
         (unchecked, "has no line 'Checked: legal (YYYY-MM-DD), sha256 "),

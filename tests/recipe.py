@@ -49,18 +49,9 @@ TINY_LAYERS = (
     ),
 )
 TINY_STAGES = (
-    Stage(
-        steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
-        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
-    ),
-    Stage(
-        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0,
-        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
-    ),
-    Stage(
-        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0,
-        mtp=((1, 0, 0), (1, 0, 0)),
-    ),
+    Stage(steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0, tied=True),
+    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
+    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
 )
 
 OPTIMIZERS = {

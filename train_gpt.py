@@ -965,7 +965,9 @@ def token_losses(
     z = softcap(x @ lm_head, dtype)  # (T, V)
     losses = weights.sum() * z.logsumexp(-1)
     for k in range(len(weights)):
-        # Targets past the end are left out, though the normalizer keeps all the weights.
+        # Targets past the end are left out, though the normalizer keeps all the weights, as in the
+        # public script's gradient. Its loss leaves out their weights[k] * lse(z_i), too: there the
+        # last K - 1 losses of a slice have other values.
         z_target = z.gather(-1, targets[k:, None]).squeeze(-1)
         losses = losses - weights[k] * F.pad(z_target, (0, k))
     return losses

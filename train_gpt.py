@@ -157,6 +157,8 @@ class Stage:
     # Multi-token prediction [53]: the weights of the next K targets at the stage's first step and
     # after its last one; they move linearly in between. K is the same in all stages.
     mtp: tuple[tuple[float, ...], tuple[float, ...]] = ((1,), (1,))
+    # Prefix tokens [88]: the weight of the next target's prefix, in the same way.
+    prefix: tuple[float, float] = (0, 0)
     # `embed` is the transpose of `lm_head` in the first stages; the two part at the first Adam step
     # of the first stage that says False [51].
     tied: bool = False
@@ -205,6 +207,10 @@ class ModelConfig:
         return round(self.bigram_rows * self.padded_vocab)
 
     @property
+    def has_gpt2_tokens(self) -> bool:
+        return (self.vocab_size, self.bos_id) == (50257, 50256)
+
+    @property
     def rows(self) -> tuple[Layer, ...]:
         """The table as it is built: the columns that a switch empties have their defaults."""
         emptied = {}
@@ -245,6 +251,7 @@ class Settings:
     steps: int | None = setting(None, "steps in all; the stages shrink in proportion", low=1)
     yarn: bool = setting(True, "YaRN: rotary embedding stretched as windows grow [31]")
     multi_token: bool = setting(True, "multi-token prediction in training [53]")
+    prefix_tokens: bool = setting(True, "prefix tokens in training, with GPT-2's vocabulary [88]")
     length_schedule: bool = setting(True, "shorter documents in the first stages [72]")
     extension_windows: bool = setting(True, "wider windows in the extension")
     long_validation: bool = setting(True, "wider windows in the final validation [33, 35]")
@@ -293,7 +300,14 @@ class Settings:
             off["max_seq_len"] = extension.max_seq_len
         if not self.multi_token:
             off["mtp"] = ((1,), (1,))
+        if not self.prefix_tokens or not self.model.has_gpt2_tokens:
+            off["prefix"] = (0, 0)
         return tuple(replace(stage, **off) for stage in (*self.stages, extension))
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether any stage has prefix tokens."""
+        return any(stage.prefix != (0, 0) for stage in self.all_stages)
 
     @property
     def total_steps(self) -> int:
@@ -333,11 +347,11 @@ RECORD_LAYERS = (
 RECORD_STAGES = (
     Stage(
         steps=423, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
-        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), prefix=(0.25, 0.25), tied=True,
     ),
     Stage(
         steps=424, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
-        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+        mtp=((1, 0.5, 0), (1, 0, 0)), prefix=(0.25, 0), tied=True,
     ),
     Stage(
         steps=423, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,
@@ -654,6 +668,7 @@ class Hyper(NamedTuple):
     adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
     tables: bool  # whether it then updates the embedding tables, too; else their gradients wait
     mtp: tuple[float, ...]  # the weights of the next targets
+    prefix: float  # the weight of the next target's prefix
     averaged: int  # how many of the last `average_steps` steps have been taken with this one
 
 
@@ -677,13 +692,15 @@ def schedule(settings: Settings, step: int) -> Hyper:
     falling = (step - (total - settings.momentum_cooldown)) / settings.momentum_cooldown
     momentum = settings.momentum - 0.1 * (1 - rising) - 0.1 * max(falling, 0.0)
 
-    mtp = []
-    for start, end in zip(*stage.mtp):
-        mtp.append(start + (end - start) * (step - first) / stage.steps)
+    def now(start: float, end: float) -> float:
+        return start + (end - start) * (step - first) / stage.steps
+
+    mtp = tuple(now(start, end) for start, end in zip(*stage.mtp))
+    prefix = now(*stage.prefix)
     updates = (step + 1) // 2  # of Adam, with this one
     tables = step < settings.tables_from or updates % settings.tables_every == 0
     averaged = max(step + 1 - (total - settings.average_steps), 0)
-    return Hyper(stage, lr, momentum, step % 2 == 1, tables, tuple(mtp), averaged)
+    return Hyper(stage, lr, momentum, step % 2 == 1, tables, mtp, prefix, averaged)
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -955,12 +972,15 @@ def softcap(logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @region
 def token_losses(
-    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
+    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype,
+    prefix_of: Tensor | None = None, prefix_weight: Tensor | None = None,
 ) -> Tensor:
     """sum over k of weights[k] * (lse(z_i) - z_i[targets[i + k]]), in nats, for each token i (T,).
 
     x (T, D) is the normed residual stream, lm_head (D, V), targets (T,); weights (K,) are those of
     the next K targets (multi-token prediction [53]). `dtype` is what the sigmoid is rounded to.
+    With a `prefix_table`, prefix_of, a target that has a prefix adds prefix_weight * (lse(z_i) -
+    z_i[prefix_of[targets[i]]]) [88].
     """
     z = softcap(x @ lm_head, dtype)  # (T, V)
     losses = weights.sum() * z.logsumexp(-1)
@@ -970,6 +990,11 @@ def token_losses(
         # last K - 1 losses of a slice have other values.
         z_target = z.gather(-1, targets[k:, None]).squeeze(-1)
         losses = losses - weights[k] * F.pad(z_target, (0, k))
+    if prefix_of is not None:
+        prefixes = prefix_of[targets]  # (T,)
+        # Where there is none, this loss is 0.
+        prefix_losses = F.cross_entropy(z, prefixes, ignore_index=-1, reduction="none")
+        losses = losses + prefix_weight * prefix_losses
     return losses
 
 
@@ -982,8 +1007,8 @@ def cap_sigmoid(logits, SHIFT: constexpr, WIDTH: constexpr):
 
 @jit
 def loss_kernel(
-    logits, targets, weights, losses, grads, tokens, vocab, scale, CAP: constexpr,
-    SHIFT: constexpr, WIDTH: constexpr, NEXT: constexpr, BLOCK: constexpr,
+    logits, targets, weights, prefix_of, prefix_weight, losses, grads, tokens, vocab, scale,
+    CAP: constexpr, SHIFT: constexpr, WIDTH: constexpr, NEXT: constexpr, BLOCK: constexpr,
 ):
     """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
@@ -1007,6 +1032,12 @@ def loss_kernel(
         target = tl.load(targets + row + k, there, 0)
         z = CAP * cap_sigmoid(tl.load(logits + target), SHIFT, WIDTH)
         loss -= tl.where(there, weight * z, 0)
+    if prefix_of is not None:
+        prefix = tl.load(prefix_of + tl.load(targets + row))
+        weight = tl.where(prefix >= 0, tl.load(prefix_weight), 0)
+        weight_sum += weight
+        z = CAP * cap_sigmoid(tl.load(logits + prefix, prefix >= 0, 0), SHIFT, WIDTH)
+        loss -= weight * z
     tl.store(losses + row, loss + weight_sum * tl.log(total))
     # And once more for the gradient: of the softmax, less the targets, through the softcap.
     for start in range(0, vocab, BLOCK):
@@ -1016,12 +1047,18 @@ def loss_kernel(
         for k in tl.static_range(NEXT):
             target = tl.load(targets + row + k, row + k < tokens, -1)
             grad -= tl.where(columns == target, tl.load(weights + k), 0)
+        if prefix_of is not None:
+            if (start <= prefix) & (prefix < start + BLOCK):  # in one block of a row at most
+                grad -= tl.where(columns == prefix, tl.load(prefix_weight), 0)
         grad *= CAP / WIDTH * s * (1 - s) / scale
         tl.store(grads + columns, grad.to(grads.dtype.element_ty), columns < vocab)
 
 
 @library.custom_op("train_gpt::loss", mutates_args=())
-def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+def loss_op(
+    logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool,
+    prefix_of: Tensor | None = None, prefix_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`token_losses` (T,), and the gradient (T, V) of their sum by the logits, in one pass.
 
     With `fp8` the gradient is e5m2, divided by LOGIT_GRAD_SCALE.
@@ -1030,7 +1067,7 @@ def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tupl
     losses, grads = loss_outputs(logits, targets, weights, fp8)
     tokens, vocab = logits.shape
     loss_kernel[(tokens,)](
-        logits, targets, weights, losses, grads, tokens, vocab,
+        logits, targets, weights, prefix_of, prefix_weight, losses, grads, tokens, vocab,
         LOGIT_GRAD_SCALE if fp8 else 1.0, CAP=CAP, SHIFT=CAP_SHIFT, WIDTH=CAP_WIDTH,
         NEXT=len(weights), BLOCK=4096, num_warps=8,
     )
@@ -1038,7 +1075,7 @@ def loss_op(logits: Tensor, targets: Tensor, weights: Tensor, fp8: bool) -> tupl
 
 
 @loss_op.register_fake
-def loss_outputs(logits, targets, weights, fp8):
+def loss_outputs(logits, targets, weights, fp8, prefix_of=None, prefix_weight=None):
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     grads = torch.empty_like(logits, dtype=torch.float8_e5m2 if fp8 else logits.dtype)
     return losses, grads
@@ -1142,14 +1179,14 @@ class Head(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lm_head, targets, weights, fp8):
+    def forward(ctx, x, lm_head, targets, weights, fp8, prefix_of=None, prefix_weight=None):
         if fp8:
             x = quantize(x, HEAD_INPUT_SCALE)
             lm_head = quantize(lm_head, HEAD_WEIGHT_SCALE)
             logits = scaled_mm(x, transposed(lm_head), HEAD_INPUT_SCALE, HEAD_WEIGHT_SCALE)
         else:
             logits = x @ lm_head
-        losses, logit_grads = loss_op(logits, targets, weights, fp8)
+        losses, logit_grads = loss_op(logits, targets, weights, fp8, prefix_of, prefix_weight)
         ctx.save_for_backward(x, lm_head, logit_grads)
         ctx.fp8 = fp8
         return losses.sum()
@@ -1168,16 +1205,18 @@ class Head(torch.autograd.Function):
             grad = grad.to(x.dtype)
             x_grad = grad * (logit_grads @ lm_head.T)
             head_grad = grad * (x.T @ logit_grads)
-        return x_grad, head_grad, None, None, None
+        return x_grad, head_grad, None, None, None, None, None
 
 
 def summed_loss(
-    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, *, kernels: bool, fp8: bool
+    x: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, prefix_of: Tensor | None,
+    prefix_weight: Tensor, *, kernels: bool, fp8: bool,
 ) -> Tensor:
     """The sum of `token_losses`, float32: by the kernels, or plain."""
+    prefix = prefix_of, prefix_weight
     if kernels:
-        return Head.apply(x, lm_head, targets, weights, fp8)
-    return token_losses(x, lm_head, targets, weights, x.dtype).sum()
+        return Head.apply(x, lm_head, targets, weights, fp8, *prefix)
+    return token_losses(x, lm_head, targets, weights, x.dtype, *prefix).sum()
 
 
 class MLP(torch.autograd.Function):
@@ -1519,13 +1558,16 @@ class Context(NamedTuple):
     scale: Tensor  # of attention's logits; 0-d, float32
     windows: tuple  # short and long; on CUDA 0-d tensors, so that another window is no new graph
     mtp: Tensor  # the weights (K,) of the next targets
+    prefix_weight: Tensor  # of the next target's prefix; 0-d
+    prefix_of: Tensor | None = None  # a `prefix_table`; None without prefix tokens
 
 
 def make_context(
     config: ModelConfig, length: int, windows: tuple[int, int], like: Tensor,
     rotary: tuple[Tensor, float] | None = None,
 ) -> Context:
-    """A context for `length` tokens, on `like`'s device and in its dtype, with one next target.
+    """A context for `length` tokens, on `like`'s device and in its dtype, with one next target
+    and no prefix tokens.
 
     `rotary` is a `rotary_state`; by default that of the start.
     """
@@ -1540,7 +1582,7 @@ def make_context(
     return Context(
         cos=angles.cos().to(like.dtype), sin=angles.sin().to(like.dtype),
         scale=torch.tensor(scale, device=device), windows=windows,
-        mtp=torch.ones(1, device=device),
+        mtp=torch.ones(1, device=device), prefix_weight=torch.zeros((), device=device),
     )
 
 
@@ -1764,7 +1806,8 @@ class GPT(nn.Module):
         """The training objective, summed over a sequence: inputs and targets (T,); float32, 0-d."""
         x = self.stream(inputs, context, self.fp8)
         return summed_loss(
-            x, self.lm_head, targets, context.mtp, kernels=self.kernels, fp8=self.fp8
+            x, self.lm_head, targets, context.mtp, context.prefix_of, context.prefix_weight,
+            kernels=self.kernels, fp8=self.fp8,
         )
 
     @torch.no_grad()
@@ -2615,6 +2658,40 @@ def validation_sequences(stream: np.ndarray, length: int) -> Tensor:
     return torch.from_numpy(stream.astype(np.int32)).unfold(0, length + 1, length)
 
 
+# Prefix tokens [88]. Besides the next token, " understanding", training asks with a smaller weight
+# for the longest other token that it begins with, " understand". To the model tokens are numbers;
+# so it learns something of their spelling.
+
+
+def gpt2_vocabulary() -> list[bytes]:
+    """What GPT-2's tokens stand for, by number, but for the last one, BOS.
+
+    UserError if it cannot be had: tiktoken fetches it once, and then has it on the disk.
+    """
+    try:
+        import tiktoken  # here, since nothing else needs it
+
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # also what its HTTP library raises
+        raise UserError(
+            f"prefix tokens need GPT-2's vocabulary, which cannot be had here: {error}; "
+            "--prefix-tokens false trains without them"
+        ) from None
+    return [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)]
+
+
+def prefix_table(vocabulary: list[bytes], vocab_size: int) -> Tensor:
+    """The number (vocab_size,) of the longest other token that a token begins with; -1 for none."""
+    numbers = {text: number for number, text in enumerate(vocabulary)}
+    table = [-1] * vocab_size
+    for number, text in enumerate(vocabulary):
+        for end in range(len(text) - 1, 0, -1):
+            if text[:end] in numbers:
+                table[number] = numbers[text[:end]]
+                break
+    return torch.tensor(table)
+
+
 def prefetch(items: Iterator) -> Iterator:
     """Yields what an iterator yields (but not None); a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
@@ -2885,10 +2962,13 @@ def warm_up(
     made_up = made_up % settings.model.vocab_size
     start = schedule(settings, 0)
     mtp = torch.tensor(start.mtp, device=world.device)
+    prefix_of = None
+    if settings.has_prefixes:
+        prefix_of = torch.zeros(settings.model.vocab_size, dtype=torch.long, device=world.device)
     hidden = True if world.rank > 0 else None  # None: shown on a terminal
     for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=hidden):
         context = make_context(settings.model, length, windows, model.embed)
-        context = context._replace(mtp=mtp)
+        context = context._replace(mtp=mtp, prefix_of=prefix_of)
         tokens = made_up[:, : length + 1]
         # The last of the three has embed's own update, where the one before has untied it.
         for adam in (False, True, True):
@@ -3341,6 +3421,7 @@ class Run:
     optimizer: Optimizer
     plan: list[Batch]
     sequences: Tensor  # of validation
+    vocabulary: list[bytes] | None  # of prefix tokens, where a stage has them
 
 
 def train(settings: Settings, world: World) -> None:
@@ -3350,12 +3431,13 @@ def train(settings: Settings, world: World) -> None:
     stream, val_sizes = validation_stream(settings)
     sequences = validation_sequences(stream, settings.val_seq_len)
     check_apart(train_sizes, val_sizes)
+    vocabulary = gpt2_vocabulary() if settings.has_prefixes else None
     model, objective, optimizer = build(settings, world)
     first, milliseconds = 0, 0.0
     if settings.resume:
         first, milliseconds = resume(settings, model, optimizer)
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes}, stream)
-    run = Run(settings, world, log, model, objective, optimizer, plan, sequences)
+    run = Run(settings, world, log, model, objective, optimizer, plan, sequences, vocabulary)
     try:
         how = compile_or_not(settings.compile)
         where = f"{model.embed.dtype} on {world.device.type}"
@@ -3427,10 +3509,14 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
     batches = batches_for(run, first)
     hypers = [schedule(settings, step) for step in range(total + 1)]
     mtp = torch.tensor([hyper.mtp for hyper in hypers], device=device)
+    prefix_weight = torch.tensor([hyper.prefix for hyper in hypers], device=device)
     signals = []
     stopping = False
     catch_signals(signals)
     clock.start()
+    prefix_of = None
+    if run.vocabulary is not None:  # on the clock, since the model learns from this table
+        prefix_of = prefix_table(run.vocabulary, config.vocab_size).to(device)
     # The last round only validates: step `total` itself is not taken.
     for step in range(first, total + 1):
         hyper = hypers[step]
@@ -3461,10 +3547,11 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
             rotary = rotary_state(settings, step)
             length = run.plan[step].length
             step_context = make_context(config, length, hyper.stage.windows, model.embed, rotary)
+            step_context = step_context._replace(prefix_of=prefix_of)
         tokens, touched = next(batches)
         run.optimizer.touched += touched
         tokens = tokens.to(device, non_blocking=True)
-        context = step_context._replace(mtp=mtp[step])
+        context = step_context._replace(mtp=mtp[step], prefix_weight=prefix_weight[step])
         loss = train_step(run.objective, tokens, context, settings.slices)
         run.optimizer.step(hyper)
         losses.launch(step + 1, batch_loss(loss, bool(signals), world))
@@ -3572,6 +3659,11 @@ def check_stages(settings: Settings) -> None:
         require(len(start) == next_targets, where, stage, "mtp", text)
         first = start[0] > 0 and end[0] > 0
         require(first, where, stage, "mtp", "the first weight, of the next token, must be above 0")
+        pair = isinstance(stage.prefix, tuple) and len(stage.prefix) == 2
+        pair = pair and all(isinstance(weight, int | float) for weight in stage.prefix)
+        pair = pair and all(0 <= weight < math.inf for weight in stage.prefix)
+        text = "must be two weights, at start and end, each at least 0"
+        require(pair, where, stage, "prefix", text)
         require(isinstance(stage.tied, bool), where, stage, "tied", "must be True or False")
         again = stage.tied and not tied
         require(not again, where, stage, "tied", "an earlier stage has untied embed and lm_head")

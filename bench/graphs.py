@@ -38,7 +38,9 @@ def parts(settings, model):
     def sequence(length: int):
         table = empty(2 * length, 1, config.dim // config.heads // 4, dtype=dtype)
         windows = empty(dtype=torch.int64), empty(dtype=torch.int64)
-        context = train_gpt.Context(table, table, empty(), windows, empty(len(settings.stages[0].mtp[0])))
+        prefix_of = empty(config.vocab_size, dtype=torch.int64) if settings.has_prefixes else None
+        mtp = empty(len(settings.stages[0].mtp[0]))
+        context = train_gpt.Context(table, table, empty(), windows, mtp, empty(), prefix_of)
         return empty(length, dtype=torch.int32), empty(length, dtype=torch.int64), context
 
     for length in dict.fromkeys(stage.batch_tokens // settings.slices for stage in settings.all_stages):

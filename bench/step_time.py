@@ -52,6 +52,10 @@ class Runner:
 
     def __init__(self, settings: train_gpt.Settings, world: train_gpt.World):
         self.settings, self.world = settings, world
+        self.prefix_of = None
+        if settings.has_prefixes:
+            table = train_gpt.prefix_table(train_gpt.gpt2_vocabulary(), settings.model.vocab_size)
+            self.prefix_of = table.to(world.device)
         train_gpt.compile_or_not(settings.compile)
         self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
         train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
@@ -67,7 +71,11 @@ class Runner:
         device = world.device
         rotary, length = train_gpt.rotary_state(settings, first), stage.batch_tokens // settings.slices
         context = train_gpt.make_context(settings.model, length, stage.windows, self.model.embed, rotary)
-        context = context._replace(mtp=torch.tensor(hyper.mtp, device=device))
+        context = context._replace(
+            mtp=torch.tensor(hyper.mtp, device=device),
+            prefix_weight=torch.tensor(hyper.prefix, device=device),
+            prefix_of=self.prefix_of,
+        )
         slices = range(world.rank * own, (world.rank + 1) * own)
         batches = train_gpt.prefetch(train_gpt.training_batches(plan[:count], settings.model, slices))
         for step, tokens in enumerate(batches):

@@ -27,11 +27,11 @@ RECORD_LAYERS = (
 RECORD_STAGES = (
     Stage(
         steps=423, batch_tokens=131_072, max_seq_len=896, windows=(128, 384), lr=1.0,
-        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), prefix=(0.25, 0.25), tied=True,
     ),
     Stage(
         steps=424, batch_tokens=262_144, max_seq_len=2048, windows=(384, 896), lr=1.52,
-        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+        mtp=((1, 0.5, 0), (1, 0, 0)), prefix=(0.25, 0), tied=True,
     ),
     Stage(
         steps=423, batch_tokens=393_216, max_seq_len=2048, windows=(640, 1408), lr=1.73,

@@ -96,7 +96,7 @@ def after(anchor, *lines):
 SUM = "        total += losses.sum(dtype=torch.float64)"
 SEQUENCES = "    for tokens in sequences[world.rank :: world.size].to(world.device):\n        losses"
 LOG_LOSS = '                run.log.loss(step, "val_loss", loss, clock.milliseconds)'
-START = "    clock.start()\n    # The last round only validates"
+START = "    clock.start()\n    prefix_of = None"
 BUILT = "    model, objective, optimizer = build(settings, world)\n"
 BUILT_END = "    first, milliseconds = 0, 0.0\n"
 RESTART = "        clock.start()\n"

@@ -1153,6 +1153,107 @@ train_gpt.measure_peak = lambda *args: 1e12
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Prefix tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+# A tiktoken whose token n stands for the digits of n, so that 1234 has the prefix 123, and a digit has none.
+DIGITS = """
+import types
+class Encoding:
+    eot_token = 50256
+    def decode_single_token_bytes(self, token): return str(token).encode()
+sys.modules["tiktoken"] = types.SimpleNamespace(get_encoding=lambda name: Encoding())
+"""
+NO_TIKTOKEN = """
+sys.modules["tiktoken"] = None
+"""
+FAILING = """
+import types
+def get_encoding(name): raise ConnectionError("no route\\nto host")
+sys.modules["tiktoken"] = types.SimpleNamespace(get_encoding=get_encoding)
+"""
+
+
+@pytest.fixture
+def gpt2(small, tmp_path):
+    """Four steps of the preset record, small, on documents of 16 of GPT-2's tokens: BOS, 120, 7, 120, …, 120."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    document = [50256, *[120, 7] * 7, 120]
+    for name, count in ("train", 100), ("val", 20):
+        shards.write_shard(folder / f"x_{name}_000000.bin", np.array(count * document))
+    files = ("--train-files", folder / "x_train_*.bin", "--val-files", folder / "x_val_*.bin")
+    vocabulary = ("--vocab-size", "50257", "--bos-id", "50256", "--bigram", "false", "--value-embeds", "false")
+    sizes = ("--steps", "4", "--val-tokens", "64", "--val-seq-len", "32")
+    (tmp_path / "run").mkdir()
+
+    def run(*arguments, before):
+        options = (*files, *vocabulary, *sizes, *arguments)
+        before += "all_stages(batch_tokens=256)\n"
+        return small(*options, preset="record", before=before, cwd=tmp_path / "run")
+
+    return run
+
+
+def test_prefix_tokens_add_their_share_of_the_loss_in_training_and_their_table_is_made_on_the_clock(gpt2, tmp_path):
+    # The clock shows a second for every step, ten for the table, and a thousand for all that comes before.
+    before = """
+now = [0.0]
+class Time:
+    perf_counter = staticmethod(lambda: now[0])
+    def __getattr__(self, name):
+        return getattr(time, name)
+def taking(seconds):
+    def around(original, *args):
+        now[0] += seconds
+        return original(*args)
+    return around
+train_gpt.time = Time()
+for name, seconds in {"train_step": 1, "prefix_table": 10, "gpt2_vocabulary": 1000, "warm_up": 1000}.items():
+    wrap(train_gpt, name, taking(seconds))
+train_gpt.measure_peak = lambda *args: 1e12
+"""
+    losses, times = {}, {}
+    for value, tiktoken in ("true", DIGITS), ("false", NO_TIKTOKEN):
+        assert gpt2("--prefix-tokens", value, "--run-id", value, before=tiktoken + before).returncode == 0
+        text = (tmp_path / "run" / "logs" / f"{value}.txt").read_text()
+        found = re.findall(r"^step:(\d)/4 (\w+)_loss:(\S+) train_time:(\d+)ms", text, re.MULTILINE)
+        losses[value] = {(int(step), kind): float(loss) for step, kind, loss, _ in found}
+        times[value] = {int(step): int(milliseconds) for step, _, _, milliseconds in found}
+    assert times["false"] == {step: 1000 * step for step in range(5)}
+    assert times["true"] == {step: 1000 * step + 10_000 for step in range(5)}
+    assert losses["true"][0, "val"] == losses["false"][0, "val"]
+    # Half of a slice's 32 targets are 120; BOS and 7 have no prefix. At first all 50,304 columns are equally likely.
+    added = losses["true"][1, "train"] - losses["false"][1, "train"]
+    assert added == pytest.approx(0.25 * 16 / 32 * np.log(50304), rel=0.01)
+    assert losses["true"][4, "val"] != losses["false"][4, "val"]
+
+
+@pytest.mark.parametrize("missing", [NO_TIKTOKEN, FAILING], ids=["no tiktoken", "no network"])
+def test_without_gpt2s_vocabulary_prefix_tokens_are_answered_with_a_line_before_the_run(missing, gpt2, tmp_path):
+    result = gpt2(before=missing)
+    reason = "no route to host" if missing == FAILING else "tiktoken"
+    assert_refused(result, tmp_path / "run", "GPT-2's vocabulary", reason, "--prefix-tokens false")
+
+
+def test_bytes_have_no_prefixes_and_need_no_tiktoken(small, tmp_path):
+    before = NO_TIKTOKEN + """
+def noting(original, *args):
+    value = original(*args)
+    print("exactly", float(value).hex())
+    return value
+wrap(train_gpt, "train_step", noting)
+wrap(train_gpt, "validate", noting)
+"""
+    runs = []
+    for value in "true", "false":
+        result = small("--steps", "4", "--prefix-tokens", value, before=before)
+        assert result.returncode == 0, result.stderr
+        runs.append(re.findall("exactly (.*)", result.stdout))
+    assert len(runs[0]) > 4 and runs[0] == runs[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The terminal
 # ----------------------------------------------------------------------------------------------------------------------
 

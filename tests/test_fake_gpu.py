@@ -64,7 +64,10 @@ with fake_cuda.tensors():
         hyper, rotary = train_gpt.schedule(settings, step), train_gpt.rotary_state(settings, step)
         tokens = torch.zeros(2, 2049, dtype=torch.int32, pin_memory=True)
         context = train_gpt.make_context(settings.model, 2048, hyper.stage.windows, model.embed, rotary)
-        context = context._replace(mtp=torch.tensor(hyper.mtp, device=world.device))
+        context = context._replace(
+            mtp=torch.tensor(hyper.mtp, device=world.device),
+            prefix_of=torch.zeros(settings.model.vocab_size, dtype=torch.long, device=world.device),
+        )
         tokens = tokens.to(world.device, non_blocking=True)
         loss = train_gpt.train_step(model, tokens, context, settings.slices)
         optimizer.step(hyper)

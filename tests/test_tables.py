@@ -117,6 +117,10 @@ STAGES = [
     (1, {"mtp": ((0, 1), (1, 0))}, "stage 2: mtp=((0, 1), (1, 0))", "above 0"),
     (1, {"mtp": ((), ())}, "stage 2: mtp=((), ())", "as many"),
     (1, {"mtp": ((1, "'a'"), (1, 0))}, "stage 2: mtp=", "two tuples of weights"),
+    (1, {"prefix": 0.25}, "stage 2: prefix=0.25", "two weights"),
+    (1, {"prefix": (0.25,)}, "stage 2: prefix=(0.25,)", "two weights"),
+    (1, {"prefix": (0.25, "'a'")}, "stage 2: prefix=", "two weights"),
+    (0, {"prefix": (0.25, -1)}, "stage 1: prefix=(0.25, -1)", "at least 0"),
     (1, {"tied": 1}, "stage 2: tied=1", "True or False"),
     (1, {"mtp": (1, 0)}, "stage 2: mtp=(1, 0)", "weights"),
 ]

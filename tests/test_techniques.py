@@ -3,9 +3,11 @@
 import functools
 import inspect
 import math
+import os
 import re
 import zlib
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +24,10 @@ from train_gpt import (
     Optimizer,
     add_attention,
     begin_stream,
+    gpt2_vocabulary,
     make_context,
     parse_arguments,
+    prefix_table,
     rotary_state,
     schedule,
     token_losses,
@@ -610,6 +614,85 @@ def test_the_weights_of_the_next_targets_fall_over_each_stage(step, weights):
     assert schedule(RECORD, step).mtp == pytest.approx(weights, abs=1e-12)
 
 
+def test_the_prefix_loss_and_its_gradients_equal_autograds_over_the_plain_expression():
+    generator = torch.Generator().manual_seed(0)
+    x, lm_head = torch.randn(9, 6, generator=generator), 4 * torch.randn(6, 11, generator=generator)
+    targets, weights, prefix_weight = [3, 3, 4, 1, 0, 5, 10, 10, 2], (1.0, 0.5, 0.25), 0.125
+    prefix_of = [-1, 0, 1, -1, 3, 10, 9, -1, -1, -1, 0]  # the last target has one; 10 is also the target after 5
+    tables = torch.tensor(prefix_of), torch.tensor(prefix_weight)
+    mine = [t.clone().requires_grad_() for t in (x, lm_head)]
+    each = token_losses(*mine, torch.tensor(targets), torch.tensor(weights), torch.float32, *tables)
+    without = token_losses(*mine, torch.tensor(targets), torch.tensor(weights), torch.float32)
+
+    exact = [t.double().requires_grad_() for t in (x, lm_head)]
+    z = 23 * torch.sigmoid((exact[0] @ exact[1] + 5) / 7.5)
+    expected = objective(z, targets, weights)
+    for i, target in enumerate(targets):
+        added = torch.zeros(())
+        if prefix_of[target] >= 0:
+            added = prefix_weight * (z[i].exp().sum().log() - z[i, prefix_of[target]])
+            expected = expected + added
+        assert (each - without)[i].item() == pytest.approx(added.item(), abs=2e-5)
+    assert each.sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = torch.autograd.grad(each.sum(), mine), torch.autograd.grad(expected, exact)
+    for gradient, true in zip(*gradients, strict=True):
+        assert (gradient - true).abs().max() <= 1e-5 * true.abs().max()
+
+
+def test_prefix_tokens_are_of_training_alone_and_without_a_table_or_a_weight_there_are_none():
+    model = random_model(SMALL)
+    inputs, targets = torch.tensor(INPUTS, dtype=torch.int32), torch.tensor(TARGETS)
+    plain = context_of(model, len(INPUTS), weights=(1.0, 0.5))
+    prefix_of, weight = torch.arange(61) - 1, torch.tensor(0.25)
+    both = plain._replace(prefix_of=prefix_of, prefix_weight=weight)
+    assert torch.equal(model.evaluate(inputs, targets, both), model.evaluate(inputs, targets, plain))
+    objective = model(inputs, targets, plain).item()
+    assert model(inputs, targets, both).item() > objective + 1
+    assert model(inputs, targets, plain._replace(prefix_of=prefix_of)).item() == objective
+    assert model(inputs, targets, plain._replace(prefix_weight=weight)).item() == objective
+
+
+@pytest.mark.parametrize(
+    ("step", "weight"),
+    [(0, 0.25), (422, 0.25), (423, 0.25), (635, 0.125), (846, 0.25 / 424), (847, 0), (1270, 0), (1285, 0)],
+)
+def test_the_weight_of_the_prefix_stays_in_the_first_stage_and_falls_in_the_second(step, weight):
+    assert schedule(RECORD, step).prefix == pytest.approx(weight, abs=1e-12)
+    assert schedule(TINY, step * TINY.total_steps // 1285).prefix == 0
+
+
+def test_the_prefix_of_a_token_is_the_longest_other_one_that_it_begins_with():
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(3, (2000, 9), generator=generator)
+    sizes = torch.randint(1, 10, (2000,), generator=generator)
+    texts = {bytes(row[:size].tolist()) for row, size in zip(letters, sizes)}  # bytes 0 to 2, and many prefixes
+    vocabulary = sorted(texts - {b"\0"}, key=hash)  # in no order; of the single bytes one is missing
+    table = prefix_table(vocabulary, vocab_size=len(vocabulary) + 1).tolist()
+    assert len(table) == len(vocabulary) + 1 and table[-1] == -1  # BOS
+    for number, text in enumerate(vocabulary):
+        shorter = [other for other in vocabulary if text.startswith(other) and other != text]
+        expected = vocabulary.index(max(shorter, key=len)) if shorter else -1
+        assert table[number] == expected
+    lengths = {len(vocabulary[n]) - len(vocabulary[t]) for n, t in enumerate(table[:-1]) if t >= 0}
+    assert {1, 2, 3} <= lengths and sum(len(text) > 1 and t < 0 for text, t in zip(vocabulary, table)) > 0
+
+
+def test_the_prefixes_of_gpt2s_tokens(monkeypatch):
+    pytest.importorskip("tiktoken")
+    beside = Path(__file__).resolve().parents[2] / "shared" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and not beside.is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary here")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(beside)))
+    vocabulary = gpt2_vocabulary()
+    assert len(vocabulary) == 50256 and vocabulary[262] == b" the"
+    table = prefix_table(vocabulary, vocab_size=50257).tolist()
+    single = [number for number, text in enumerate(vocabulary) if len(text) == 1]
+    assert len(single) == 256 and [n for n, t in enumerate(table) if t < 0] == [*single, 50256]
+    number = {text: n for n, text in enumerate(vocabulary)}
+    for text, prefix in (b" understanding", b" understand"), (b" the", b" th"), (b"ation", b"atio"), (b"\n\n", b"\n"):
+        assert vocabulary[table[number[text]]] == prefix
+
+
 @pytest.mark.parametrize("head_pairs", [True, False])
 def test_q_and_k_are_orthogonalized_two_heads_at_a_time_or_whole(head_pairs):
     config = replace(SMALL, head_pairs=head_pairs)  # 6 layers with attention, 4 heads of 8 rows
@@ -795,6 +878,16 @@ def test_without_multi_token_prediction_only_the_next_target_counts():
     assert {schedule(settings, step).mtp for step in range(1285)} == {(1,)}
     for step in (0, 422, 423, 847, 1284):
         assert replace(schedule(settings, step).stage, mtp=()) == replace(schedule(RECORD, step).stage, mtp=())
+
+
+def test_without_prefix_tokens_or_with_another_vocabulary_their_weight_is_0():
+    assert RECORD.has_prefixes and not TINY.has_prefixes
+    other = replace(RECORD, model=replace(RECORD.model, vocab_size=32_000, bos_id=1))
+    for settings in record_without("prefix_tokens"), other:
+        assert not settings.has_prefixes
+        assert {schedule(settings, step).prefix for step in range(1285)} == {0}
+        for stage, full in zip(settings.all_stages, RECORD.all_stages, strict=True):
+            assert replace(stage, prefix=full.prefix) == full
 
 
 def test_without_the_length_schedule_every_stage_has_the_last_ones_documents():

@@ -45,9 +45,14 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
     """As on CUDA: block masks, and windows that are tensors. Its loss is that of banded attention."""
     inputs, targets = tokens()
     expected, contexts = [], []
-    for windows, mtp, scale in ((32, 64), [1.0, 0.5, 0.25], 0.1), ((64, 200), [1.0, 0.0, 0.0], 0.13):
+    prefix_of = torch.arange(CONFIG.vocab_size) - 1
+    for windows, mtp, prefix, scale in (
+        ((32, 64), [1.0, 0.5, 0.25], 0.25, 0.1),
+        ((64, 200), [1.0, 0.0, 0.0], 0.0, 0.13),
+    ):
         context = train_gpt.make_context(CONFIG, len(inputs), windows, model.embed)
         context = context._replace(mtp=torch.tensor(mtp), scale=torch.tensor(scale))
+        context = context._replace(prefix_weight=torch.tensor(prefix), prefix_of=prefix_of)
         with torch.no_grad():
             expected.append(model(inputs, targets, context).item())
         contexts.append(context._replace(windows=tuple(torch.tensor(window) for window in windows)))

@@ -40,7 +40,7 @@ SLOPE = -0.5  # nats by which the loss falls when the steps grow e times, to beg
 CONTEXT = 256
 TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
     "smear", "bigram", "value_embeds", "skip", "mudd", "single_input",
-    "yarn", "multi_token", "length_schedule", "extension_windows", "long_validation",
+    "yarn", "multi_token", "prefix_tokens", "length_schedule", "extension_windows", "long_validation",
     "paired_heads", "key_offset", "xsa", "attention_gate", "head_pairs",
 )]  # fmt: skip
 
@@ -80,7 +80,7 @@ def history(best: Record) -> list[Record]:
         recipe("1_modern", "rotary, QK norm, ReLU^2, softcap, whole documents", TECHNIQUES, "--muon", "false"),
         recipe("2_normuon", "NorMuon for the matrices", TECHNIQUES),
         recipe("3_embeddings", "smear, bigram and value embeddings, skips, MUDD", TECHNIQUES[6:]),
-        recipe("4_schedules", "schedules of lengths, windows and targets, with YaRN", TECHNIQUES[11:]),
+        recipe("4_schedules", "schedules of lengths, windows and targets, with YaRN", TECHNIQUES[12:]),
         recipe("5_recipe", "paired heads, key offset, XSA, gates", []),
     ]  # fmt: skip
 

@@ -194,7 +194,7 @@ def emulated(x, scale=None, dtype=E4M3, largest=448):
     return (x.float() / scale).clamp(-largest, largest).to(dtype).double() * scale
 
 
-def plain_losses(logits, targets, weights, rounded=None):
+def plain_losses(logits, targets, weights, rounded=None, prefix_of=None, prefix_weight=0.0):
     """The losses by the formula in float64, one by one; the sigmoid may be rounded in value (gradients pass)."""
     s = torch.sigmoid((logits + 5) / 7.5)
     if rounded is not None:
@@ -206,6 +206,8 @@ def plain_losses(logits, targets, weights, rounded=None):
         for k, weight in enumerate(weights):
             if i + k < len(targets):
                 loss = loss - weight * z[i, targets[i + k]]
+        if prefix_of is not None and prefix_of[targets[i]] >= 0:
+            loss = loss + prefix_weight * (z[i].logsumexp(-1) - z[i, prefix_of[targets[i]]])
         losses.append(loss)
     return torch.stack(losses)
 
@@ -242,20 +244,60 @@ def test_loss_and_its_gradient_equal_float64_autograd_column_by_column(tokens, v
     torch.testing.assert_close(got, expected, rtol=rtol * 1.001, atol=atol * 1.001)
 
 
+@pytest.mark.parametrize("dtype, fp8", [(BF16, False), (BF16, True), (FLOAT32, False)])
+def test_prefixes_add_their_loss_and_gradient_and_nothing_where_there_is_none(dtype, fp8):
+    vocab, weights = 4224, (1.0, 0.5, 0.25)
+    last = vocab - 1
+    # Targets without a prefix; with one that is the next target, at the end of a block of columns and at the start of
+    # another, in the last column and in the first; and the last target of all has one.
+    targets = [5, 6, 7, 8, 9, 10, 7, last]
+    prefix_of = torch.full((vocab,), -1)
+    prefix_of[[6, 7, 8, 9, 10, last]] = torch.tensor([7, 4095, 4096, last, 0, 3])
+    logits = (4 * torch.randn(8, vocab)).to(dtype)
+    arguments = logits, torch.tensor(targets), torch.tensor(weights), fp8
+    losses, grads = train_gpt.loss_op(*arguments, prefix_of, torch.tensor(0.125))
+
+    rounded = torch.sigmoid((logits.float() + 5) / 7.5).to(dtype)
+    expected = plain_losses(logits.double(), targets, weights, rounded, prefix_of.tolist(), 0.125)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-4)
+    # The formula: 23 / 7.5 s (1 - s) (S p - the weights that ask for the column), S being the sum of all weights.
+    s = rounded.double()
+    asked, total = torch.zeros_like(s), torch.full((8, 1), sum(weights)).double()
+    for i in range(8):
+        for k, weight in enumerate(weights[: 8 - i]):
+            asked[i, targets[i + k]] += weight
+        if (prefix := prefix_of[targets[i]]) >= 0:
+            asked[i, prefix] += 0.125
+            total[i] += 0.125
+    expected = 23 / 7.5 * s * (1 - s) * (total * (23 * s).softmax(-1) - asked)
+    got = grads.double() * (train_gpt.LOGIT_GRAD_SCALE if fp8 else 1)
+    rtol = 2**-3 if fp8 else 2**-8 if dtype == BF16 else 1e-4
+    atol = 2**-17 * train_gpt.LOGIT_GRAD_SCALE if fp8 else 1e-7
+    torch.testing.assert_close(got, expected, rtol=rtol * 1.001, atol=atol * 1.001)
+
+    # With a weight of 0, or no prefix, bit for bit what it is without.
+    without, without_grads = train_gpt.loss_op(*arguments)
+    same = [bool(losses[i] == without[i] and (grads[i].float() == without_grads[i].float()).all()) for i in range(8)]
+    assert same == [prefix_of[target] < 0 for target in targets]
+    losses, grads = train_gpt.loss_op(*arguments, prefix_of, torch.tensor(0.0))
+    assert torch.equal(losses, without) and torch.equal(grads.float(), without_grads.float())
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_head_equals_its_emulation(fp8):
     """Loss and gradients against products in float64 of the quantized values, and a gradient from outside of 1/4."""
     x, head = torch.randn(32, 48).to(BF16), (0.1 * torch.randn(48, 128)).to(BF16)
     targets, weights = torch.randint(128, (32,)), torch.tensor([1.0, 0.5, 0.0])
     given = [each.clone().requires_grad_() for each in (x, head)]
-    loss = train_gpt.Head.apply(*given, targets, weights, fp8)
+    prefixes = torch.randint(-1, 128, (128,)), torch.tensor(0.25)
+    loss = train_gpt.Head.apply(*given, targets, weights, fp8, *prefixes)
     grads = torch.autograd.grad(loss / 4, given)
 
     x, head = x.double(), head.double()
     if fp8:
         x, head = emulated(x, 100 / 448), emulated(head, 1.6 / 448)
     logits = (x @ head).to(BF16)
-    losses, logit_grads = train_gpt.loss_op(logits, targets, weights, fp8)
+    losses, logit_grads = train_gpt.loss_op(logits, targets, weights, fp8, *prefixes)
     torch.testing.assert_close(loss.item(), losses.sum().item(), rtol=1e-3, atol=0)
     logit_grads = logit_grads.double() / 4 * (0.75 / 448 if fp8 else 1)
     for one, other in zip(grads, (logit_grads @ head.T, x.T @ logit_grads)):
@@ -282,6 +324,7 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
     Gradients of some scalars nearly cancel, so that bf16 alone leaves little of them: where bf16
     without kernels is off by more, the kernels may be off by twice as much.
     """
+    torch.manual_seed(1)
     config = replace(recipe.TINY.model, dim=96, heads=4, bigram_dim=16)
     exact = train_gpt.GPT(config)
     rounded = train_gpt.GPT(config, BF16)
@@ -294,11 +337,13 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
             model.get_parameter(name).copy_(p)
     inputs = torch.randint(config.vocab_size, (64,), dtype=torch.int32)
     targets = torch.randint(config.vocab_size, (64,))
+    prefix_of = torch.arange(config.vocab_size) - 1
     compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
     losses = []
     for each in exact, rounded, compiled:
         context = train_gpt.make_context(config, 64, (16, 32), each.embed)
-        loss = each(inputs, targets, context._replace(mtp=torch.tensor([1.0, 0.5, 0.25])))
+        context = context._replace(mtp=torch.tensor([1.0, 0.5, 0.25]))
+        loss = each(inputs, targets, context._replace(prefix_weight=torch.tensor(0.25), prefix_of=prefix_of))
         loss.backward()
         losses.append(loss.item())
     assert losses[2] == pytest.approx(losses[0], rel=0.01)

@@ -85,11 +85,12 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
 
     logits, targets = random(tokens, VOCAB, std=3), torch.randint(VOCAB, (tokens,), device=device)
     weights = torch.tensor([1, 0.5, 0.25], device=device)
+    prefixes = torch.randint(-1, VOCAB, (VOCAB,), device=device), torch.tensor(0.25, device=device)
     for fp8 in False, True:
         yield Case(
             f"loss and gradient, {'FP8' if fp8 else 'bf16'}", 89 if fp8 else 80,
-            lambda logits, fp8=fp8: train_gpt.loss_op(logits, targets, weights, fp8)[0],
-            lambda logits: plain_losses(logits, targets, weights),
+            lambda logits, fp8=fp8: train_gpt.loss_op(logits, targets, weights, fp8, *prefixes)[0],
+            lambda logits: plain_losses(logits, targets, weights, *prefixes),
             (logits,), bytes=tokens * VOCAB * (4 + (1 if fp8 else 2)),
         )  # fmt: skip
     head = random(DIM, VOCAB)
@@ -113,7 +114,10 @@ def dequantized_product(x: torch.Tensor, w: torch.Tensor, scale_x: torch.Tensor,
 
 
 @torch.compile
-def plain_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def plain_losses(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, prefix_of: torch.Tensor,
+    prefix_weight: torch.Tensor,
+) -> torch.Tensor:
     """The losses alone (T,), which autograd would still have to differentiate."""
     z = train_gpt.softcap(logits, torch.bfloat16)
     losses = weights.sum() * z.logsumexp(-1)
@@ -121,7 +125,7 @@ def plain_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Ten
         rest = F.pad(targets[k:], (0, k))
         there = torch.arange(len(z), device=z.device) < len(z) - k
         losses = losses - weights[k] * there * z.gather(-1, rest[:, None]).squeeze(-1)
-    return losses
+    return losses + prefix_weight * F.cross_entropy(z, prefix_of[targets], ignore_index=-1, reduction="none")
 
 
 class Recorder:

@@ -138,6 +138,10 @@ def set_device(target: int) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
+    # Dynamo has what it traces know a GPU's properties, if they are of a type that it takes for constant.
+    from torch._dynamo import utils
+
+    utils.common_constant_types.add(SimpleNamespace)
 
 
 def set_compiler(compiled: Compiled) -> None:

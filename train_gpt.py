@@ -261,7 +261,7 @@ class Settings:
     # How it is computed.
     dtype: str = setting("auto", "auto: bfloat16 where the hardware has it", choices=DTYPES)
     kernels: bool = setting(True, "Triton kernels on GPUs; false: plain PyTorch everywhere")
-    fp8: bool = setting(True, "8-bit floats in training's head and MLP, where GPUs can [19, 84]")
+    fp8: bool = setting(True, "8-bit floats in training's head and MLP where GPUs can [19, 84, 89]")
     compile: bool = setting(True, "compile with torch.compile")
     sparse_exchange: bool = setting(True, "ranks exchange bigram gradients by touched rows")
     # The optimizers. Their learning rates are multiplied by the stage's and the parameter's.
@@ -667,6 +667,7 @@ class Hyper(NamedTuple):
     momentum: float  # NorMuon's
     adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
     tables: bool  # whether it then updates the embedding tables, too; else their gradients wait
+    delayed: bool  # whether the step leaves W_out an FP8 scale by the weights before it [89]
     mtp: tuple[float, ...]  # the weights of the next targets
     prefix: float  # the weight of the next target's prefix
     averaged: int  # how many of the last `average_steps` steps have been taken with this one
@@ -699,8 +700,13 @@ def schedule(settings: Settings, step: int) -> Hyper:
     prefix = now(*stage.prefix)
     updates = (step + 1) // 2  # of Adam, with this one
     tables = step < settings.tables_from or updates % settings.tables_every == 0
+    # At first W_out grows from zero, too fast for a scale that lags behind.
+    delayed = step >= 16
     averaged = max(step + 1 - (total - settings.average_steps), 0)
-    return Hyper(stage, lr, momentum, step % 2 == 1, tables, mtp, prefix, averaged)
+    return Hyper(
+        stage, lr, momentum, adam=step % 2 == 1, tables=tables, delayed=delayed, mtp=mtp,
+        prefix=prefix, averaged=averaged,
+    )
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:
@@ -852,21 +858,26 @@ def relu_squared(x: Tensor) -> Tensor:
 
 # Rows and columns of a block, the step along the inner dimension (in bf16; FP8 takes twice that),
 # pipeline stages, warps; by the compute capability from which on they hold. 9 is the first one with
-# tensor descriptors (TMA), which the kernel loads and stores by.
+# tensor descriptors (TMA), which the kernel loads and stores by. A third thing to load or store
+# takes the shared memory of a stage.
 MLP_TILES = {12: (128, 128, 64, 3, 8), 9: (128, 256, 64, 4, 8)}
 
 
 @jit
 def mlp_kernel(
-    a, b, scale_a, scale_b, post, out, n, m, k, ROWS: constexpr, COLUMNS: constexpr,
-    INNER: constexpr,
+    a, b, scale_a, scale_b, post, out, out8, out8_scale, maxima, n, m, k, ROWS: constexpr,
+    COLUMNS: constexpr, INNER: constexpr,
 ):
     """Blocks of out (n, m) = relu(A B^T)^2; with `post`, the square itself, 2 (A B^T) sqrt(post).
 
-    a, b, post and out are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's.
+    a, b, post, out and out8 are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's.
+    With `out8` the square goes there, too, in 8 bits, and into `maxima` the largest by program.
     """
     down = tl.cdiv(n, ROWS)
     across = tl.cdiv(m, COLUMNS)
+    if out8 is not None:
+        inverse = 1 / tl.load(out8_scale)
+        largest = tl.zeros((ROWS,), tl.float32)  # of each row: for these no warp waits for another
     # One program a multiprocessor, each of which takes every so-many-th block.
     for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
@@ -889,19 +900,47 @@ def mlp_kernel(
                 half = 2 * half
                 half *= tl.sqrt(post.load(place).to(tl.float32))
             out.store(place, half.to(out.dtype))
+            if out8 is not None:
+                largest = tl.maximum(largest, tl.max(half, 1))
+                out8.store(place, tl.minimum(inverse * half, 448).to(out8.dtype))  # E4M3_MAX
+    if out8 is not None:
+        tl.store(maxima + tl.program_id(0), tl.max(largest))
 
 
 @library.custom_op("train_gpt::relu_squared_matmul", mutates_args=())
-def relu_squared_matmul(
-    x: Tensor, w: Tensor, x_scale: Tensor | None = None, w_scale: Tensor | None = None
-) -> Tensor:
-    """relu(X W^T)^2 in bf16 (n, m), of x (n, k) and w (m, k): bf16, or FP8 with their scales."""
+def relu_squared_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """relu(X W^T)^2 (n, m) of x (n, k) and w (m, k), all in bf16."""
     tiles = mlp_tiles(x, w)
     if tiles is not None:
-        return launch_mlp_kernel(tiles, x, w, x_scale, w_scale, post=None)
+        return launch_mlp_kernel(tiles, x, w, x.new_empty(len(x), len(w)))
     # Written out, like its gradient below: another plain form has no kernel yet.
-    pre = x @ w.T if x_scale is None else scaled_mm(x, w, x_scale, w_scale)
-    return F.relu(pre).square()
+    return F.relu(x @ w.T).square()
+
+
+@library.custom_op("train_gpt::relu_squared_fp8", mutates_args=())
+def relu_squared_fp8_op(
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, post_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`relu_squared_fp8` by the kernel, with a maximum of each of its programs."""
+    post, post8, maxima = relu_squared_fp8_outputs(x, w, x_scale, w_scale, post_scale)
+    launch_mlp_kernel(
+        mlp_tiles(x, w), x, w, post, x_scale, w_scale, out8=post8, out8_scale=post_scale,
+        maxima=maxima,
+    )
+    return post, post8, maxima
+
+
+def relu_squared_fp8(
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, post_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(X W^T)^2 (n, m) in bf16, in e4m3 by `post_scale`, and the largest number of each part.
+
+    x (n, k) and w (m, k) are e4m3, with their scales. The parts are any that cover the whole.
+    """
+    if mlp_tiles(x, w) is not None:
+        return relu_squared_fp8_op(x, w, x_scale, w_scale, post_scale)
+    post = F.relu(scaled_mm(x, w, x_scale, w_scale)).square()
+    return post, quantize(post, post_scale), post.amax().float()[None]
 
 
 @library.custom_op("train_gpt::relu_squared_gradient", mutates_args=())
@@ -913,13 +952,22 @@ def relu_squared_gradient(grad: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
     """
     tiles = mlp_tiles(grad, w_out)
     if tiles is not None:
-        return launch_mlp_kernel(tiles, grad, w_out, None, None, post)
+        out = grad.new_empty(len(grad), len(w_out))
+        return launch_mlp_kernel(tiles, grad, w_out, out, post=post)
     return 2 * (grad @ w_out.T) * post.sqrt()
 
 
 @relu_squared_matmul.register_fake
-def _(x, w, x_scale=None, w_scale=None):
-    return x.new_empty(x.size(0), w.size(0), dtype=torch.bfloat16)
+def _(x, w):
+    return x.new_empty(len(x), len(w))
+
+
+@relu_squared_fp8_op.register_fake
+def relu_squared_fp8_outputs(x, w, x_scale, w_scale, post_scale):
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    post8 = x.new_empty(len(x), len(w))
+    post = torch.empty_like(post8, dtype=torch.bfloat16)
+    return post, post8, x.new_empty(programs, dtype=torch.float32)
 
 
 @relu_squared_gradient.register_fake
@@ -938,21 +986,26 @@ def mlp_tiles(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def launch_mlp_kernel(tiles, a, b, scale_a, scale_b, post) -> Tensor:
+def launch_mlp_kernel(
+    tiles, a, b, out, scale_a=None, scale_b=None, post=None, out8=None, out8_scale=None, maxima=None
+) -> Tensor:
     rows, columns, inner, stages, warps = tiles
     if scale_a is not None:
         inner *= 2
-    if post is not None:
+    if post is not None or out8 is not None:
         stages -= 1
-        post = TensorDescriptor.from_tensor(post.contiguous(), [rows, columns // 2])
     n, m, k = a.size(0), b.size(0), a.size(1)
-    out = a.new_empty(n, m, dtype=torch.bfloat16)
+
+    def blocks(x: Tensor | None, *shape: int) -> TensorDescriptor | None:
+        return None if x is None else TensorDescriptor.from_tensor(x.contiguous(), shape)
+
     grid = (torch.cuda.get_device_properties(a.device).multi_processor_count,)
+    half = columns // 2
     mlp_kernel[grid](
-        TensorDescriptor.from_tensor(a.contiguous(), [rows, inner]),
-        TensorDescriptor.from_tensor(b.contiguous(), [columns, inner]), scale_a, scale_b,
-        post, TensorDescriptor.from_tensor(out, [rows, columns // 2]), n, m, k, ROWS=rows,
-        COLUMNS=columns, INNER=inner, num_stages=stages, num_warps=warps,
+        blocks(a, rows, inner), blocks(b, columns, inner), scale_a, scale_b,
+        blocks(post, rows, half), blocks(out, rows, half), blocks(out8, rows, half), out8_scale,
+        maxima, n, m, k, ROWS=rows, COLUMNS=columns, INNER=inner, num_stages=stages,
+        num_warps=warps,
     )
     return out
 
@@ -1128,12 +1181,15 @@ def norm(x: Tensor) -> Tensor:
 # FP8: a tensor is stored as x / scale in 8 bits, and a matmul of two is multiplied by both scales.
 # A scale that is too small clips the largest numbers, one that is too large drops the smallest. The
 # head's scales are constants that were tuned with the recipe [19]: its inputs are normed, and its
-# weights and gradients keep to their range. The MLP's are measured (`quantize_to_fit`). Numbers are
-# e4m3 (3 bits of mantissa) forward; gradients, which vary more, are e5m2 (2 bits).
+# weights and gradients keep to their range. The MLP's are measured (`scale_for`), some of them a
+# step ahead, which saves a pass over the numbers, but needs headroom for what grows meanwhile.
+# Numbers are e4m3 (3 bits of mantissa) forward; gradients, which vary more, are e5m2 (2 bits).
 HEAD_INPUT_SCALE = 100 / E4M3_MAX
 HEAD_WEIGHT_SCALE = 1.6 / E4M3_MAX
 # Of the summed losses' gradient by the logits; backward multiplies by the gradient that comes in.
 LOGIT_GRAD_SCALE = 0.75 / E4M3_MAX
+POST_HEADROOM = 1.8  # of the MLP's squares, from one forward pass to the next [89]
+W_OUT_HEADROOM = 1.12  # of the MLP's W_out, from one step to the next [89]
 
 
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -1141,10 +1197,14 @@ def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def scale_for(largest: Tensor, headroom: float = 1) -> Tensor:
+    """The scale with which e4m3 holds numbers up to `headroom` times the largest."""
+    return largest.float().clamp(min=1e-12) * headroom / E4M3_MAX
+
+
 def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each matrix of x (…, rows, cols) in e4m3, with a scale (…) its largest entry needs."""
-    largest = x.abs().amax((-2, -1)).float()
-    scale = largest.clamp(min=1e-12) / E4M3_MAX
+    scale = scale_for(x.abs().amax((-2, -1)))
     return quantize(x, scale[..., None, None]), scale
 
 
@@ -1160,7 +1220,8 @@ def scaled_mm(
     for scale in (a_scale, b_scale):
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale, device=a.device)
-        scales.append(scale)
+        # With axes: without, Inductor would mistake a number of a vector for the vector.
+        scales.append(scale.view(1, 1))
     return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -1219,38 +1280,76 @@ def summed_loss(
     return token_losses(x, lm_head, targets, weights, x.dtype, *prefix).sum()
 
 
-class MLP(torch.autograd.Function):
-    """relu(x W_in^T)^2 W_out with the kernels; with W_in in 8 bits, too, the first matmul is FP8.
+class MLP8(NamedTuple):
+    """What the forward pass of an MLP in FP8 reads; of all layers, with one axis more."""
 
-    The scale of x is then that of the whole sequence, which is not causal: so it is a path for
-    training alone. Backward is in bf16 [84].
+    w_in: Tensor  # (4D, D), e4m3 like w_out
+    w_in_scale: Tensor
+    w_out: Tensor  # (D, 4D): transposed, since FP8 matmuls want both inputs by rows
+    w_out_scale: Tensor
+    post_scale: Tensor  # of the square between the two
+
+
+class MLP(torch.autograd.Function):
+    """relu(x W_in^T)^2 W_out with the kernels, and None; or with an `MLP8`, maxima of the square.
+
+    With it, forward is in FP8 [84, 89]. The scale of x is then that of the whole sequence, which is
+    not causal: so it is a path for training alone. Backward is in bf16.
     """
 
     @staticmethod
-    def forward(ctx, x, w_in, w_out, w_in8=None, w_in8_scale=None):
-        if w_in8 is None:
-            post = relu_squared_matmul(x, w_in)
-        else:
+    def forward(ctx, x, w_in, w_out, *eight):
+        maxima = None
+        if eight:
+            w = MLP8(*eight)
             x8, x_scale = quantize_to_fit(x)
-            post = relu_squared_matmul(x8, w_in8, x_scale, w_in8_scale)
+            post, post8, maxima = relu_squared_fp8(
+                x8, w.w_in, x_scale, w.w_in_scale, w.post_scale
+            )
+            y = scaled_mm(post8, w.w_out, w.post_scale, w.w_out_scale)
+            ctx.mark_non_differentiable(maxima)
+        else:
+            post = relu_squared_matmul(x, w_in)
+            y = post @ w_out
         ctx.save_for_backward(x, w_in, w_out, post)
-        return post @ w_out
+        return y, maxima
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         x, w_in, w_out, post = ctx.saved_tensors
         pre_grad = relu_squared_gradient(grad, w_out, post)
         x_grad = pre_grad @ w_in
         w_in_grad = pre_grad.T @ x
         w_out_grad = post.T @ grad
-        return x_grad, w_in_grad, w_out_grad, None, None
+        nothing = [None] * (len(ctx.needs_input_grad) - 3)
+        return x_grad, w_in_grad, w_out_grad, *nothing
 
 
-def mlp(x: Tensor, w: dict[str, Tensor | None], *, kernels: bool) -> Tensor:
-    """relu(x W_in^T)^2 W_out of x (T, D): by the kernels, or plain."""
+def mlp(x: Tensor, w: dict, *, kernels: bool) -> tuple[Tensor, Tensor | None]:
+    """relu(x W_in^T)^2 W_out of x (T, D), by the kernels or plain; in FP8 also the square's maxima.
+    """
     if kernels:
-        return MLP.apply(x, w["mlp_in"], w["mlp_out"], w["mlp_in8"], w["mlp_in8_scale"])
-    return relu_squared(x @ w["mlp_in"].T) @ w["mlp_out"]
+        return MLP.apply(x, w["mlp_in"], w["mlp_out"], *(w["mlp8"] or ()))
+    return relu_squared(x @ w["mlp_in"].T) @ w["mlp_out"], None
+
+
+@torch.compile(dynamic=False, fullgraph=True)
+def quantize_mlps(
+    w_in: Tensor, w_out: Tensor, delayed: Tensor, out: MLP8, next_w_out_scale: Tensor
+) -> None:
+    """Puts the matrices (layers, 4D, D) of all MLPs into `out`, in 8 bits, with their scales.
+
+    W_out's are those of the present matrices; or with `delayed` (0-d, 0 or 1) `next_w_out_scale`
+    (layers,), into which those of the present ones then go, with headroom.
+    """
+    in8, in_scale = quantize_to_fit(w_in)
+    out.w_in.copy_(in8)
+    out.w_in_scale.copy_(in_scale)
+    largest = w_out.abs().amax((1, 2))
+    scale = torch.lerp(scale_for(largest), next_w_out_scale, delayed)  # one of the two
+    out.w_out.copy_(quantize(w_out, scale[:, None, None]).mT)
+    out.w_out_scale.copy_(scale)
+    next_w_out_scale.copy_(scale_for(largest, W_OUT_HEADROOM))
 
 
 # bf16 weights that move like float32 ones [57]. A float32 is cut in the middle: its upper half is a
@@ -1702,10 +1801,10 @@ def add_attention(
 
 
 @region
-def add_mlp(x: Tensor, w: dict[str, Tensor | None], mix: Mix, *, kernels: bool) -> Tensor:
-    """The residual stream x (T, D) after the MLP."""
-    y = mlp(norm(x), w, kernels=kernels)
-    return mix.mlp_resid * x + mix.mlp_post * y
+def add_mlp(x: Tensor, w: dict, mix: Mix, *, kernels: bool) -> tuple[Tensor, Tensor | None]:
+    """The residual stream x (T, D) after the MLP; with FP8, maxima of the MLP's square."""
+    y, maxima = mlp(norm(x), w, kernels=kernels)
+    return mix.mlp_resid * x + mix.mlp_post * y, maxima
 
 
 # Small networks that make, from each token's residual stream, the token's own coefficients.
@@ -1762,7 +1861,8 @@ class GPT(nn.Module):
     """The model of `config`, its matrices in `dtype`.
 
     Banks are padded with zero matrices to a multiple of `shards`, the ranks that share them out.
-    With `kernels` it runs the Triton kernels; with `fp8` training, `forward`, has 8-bit matmuls.
+    With `kernels` it runs the Triton kernels; with `fp8` training, `forward`, has 8-bit matmuls:
+    then `quantize_weights` must follow each change of the weights.
     """
 
     def __init__(
@@ -1797,6 +1897,13 @@ class GPT(nn.Module):
             signs = torch.randint(2, (8192, config.bigram_dim), generator=generator, device="cpu")
             signs = (2 * signs - 1).to(dtype)
         self.register_buffer("bigram_signs", signs)
+        if fp8:  # see `mlp8`
+            count, dim = len(self.rows), config.dim
+            e4m3 = torch.float8_e4m3fn
+            self.register_buffer("w_in8", torch.zeros(count, 4 * dim, dim, dtype=e4m3))
+            self.register_buffer("w_out8", torch.zeros(count, dim, 4 * dim, dtype=e4m3))
+            for name in ("w_in8_scale", "w_out8_scale", "next_w_out8_scale", "post_scale"):
+                self.register_buffer(name, torch.ones(count))
         # The layers whose output something later reads; others' are not kept alive.
         self.kept = set()
         for row in self.rows:
@@ -1821,6 +1928,44 @@ class GPT(nn.Module):
             losses.append(token_losses(rows, self.lm_head, row_targets, weight, torch.float32))
         return torch.cat(losses)
 
+    @property
+    def mlp8(self) -> MLP8:
+        """The MLPs' 8-bit matrices and their scales, of all layers."""
+        return MLP8(
+            self.w_in8, self.w_in8_scale, self.w_out8, self.w_out8_scale, self.post_scale
+        )
+
+    @torch.no_grad()
+    def quantize_weights(self, delayed: bool = False) -> None:
+        """Makes the MLPs' 8-bit matrices anew, after each change of the weights [84, 89].
+
+        With `delayed`, W_out's scales are by the weights that were there at the call before.
+        """
+        if self.fp8:
+            bank = self.mlp_bank[: 2 * len(self.rows)]
+            quantize_mlps(
+                bank[::2], bank[1::2], torch.tensor(float(delayed)), self.mlp8,
+                self.next_w_out8_scale,
+            )
+
+    def lasting_scales(self) -> dict[str, Tensor]:
+        """The FP8 scales of what was there before: state of a run, like its weights."""
+        if not self.fp8:
+            return {}
+        return {"w_out8_scale": self.w_out8_scale, "post_scale": self.post_scale}
+
+    def load_scales(self, saved: dict) -> None:
+        """Takes over `lasting_scales`; starts anew from those of a run without FP8."""
+        if self.fp8 and saved:
+            for name, scale in self.lasting_scales().items():
+                value = part_of(saved, name, Tensor)
+                if value.shape != scale.shape:
+                    found, wanted = tuple(value.shape), tuple(scale.shape)
+                    raise UserError(f"{name}: its shape is {found}, this model's is {wanted}")
+                scale.copy_(value)
+            self.next_w_out8_scale.copy_(self.w_out8_scale)
+        self.quantize_weights(delayed=bool(saved))
+
     def stream(self, inputs: Tensor, context: Context, fp8: bool = False) -> Tensor:
         """The residual stream (T, D) after the last layer, normed: what the head reads."""
         config = self.config
@@ -1837,6 +1982,7 @@ class GPT(nn.Module):
         x = start = x0
         after = {}  # the residual stream after each layer that something later reads
         mudd_sources = None
+        maxima = []  # of each MLP's square, in FP8
 
         for i, row in enumerate(self.rows):
             if row.gates:
@@ -1869,7 +2015,8 @@ class GPT(nn.Module):
                 x = add_attention(
                     x, y, v, gate, origin, bigram_here, w, mix, paired=row.paired_heads
                 )
-            x = add_mlp(x, w, mix, kernels=self.kernels)
+            x, largest = add_mlp(x, w, mix, kernels=self.kernels)
+            maxima.append(largest)
             if i in self.kept:
                 after[i] = x
 
@@ -1878,6 +2025,8 @@ class GPT(nn.Module):
             x = mudd_after(
                 x, start, source_1, source_2, value_rows.get(0), source_3, *mudd_after_weights
             )
+        if fp8:  # for the next pass
+            self.post_scale.copy_(scale_for(torch.stack(maxima).amax(1), POST_HEADROOM))
         return norm(x)
 
     def make_masks(self, inputs: Tensor, windows: tuple) -> dict[object, BlockMask | Tensor]:
@@ -1954,15 +2103,12 @@ class GPT(nn.Module):
         before, after = zip(self.mudd_w1, w2, bias)
         return before, after
 
-    def layer_weights(
-        self, length: int, fp8: bool
-    ) -> tuple[list[dict[str, Tensor | None]], list[Mix]]:
+    def layer_weights(self, length: int, fp8: bool) -> tuple[list[dict], list[Mix]]:
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
 
         Of a layer: the matrices, times their scalars [47]: qk (2D, D), v and out (D, D), mlp_in and
-        mlp_out (4D, D), with `fp8` also mlp_in in 8 bits and its scale [84]; and its row of every
-        parameter whose row in the table has `layers`, by the parameter's name. What a layer lacks
-        is None.
+        mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and its row of every parameter whose
+        row in the table has `layers`, by the parameter's name. What a layer lacks is None.
         """
         dtype = self.embed.dtype
         dim = self.config.dim
@@ -1970,7 +2116,7 @@ class GPT(nn.Module):
         count, n = len(self.rows), len(attending)
         layers = [{} for _ in range(count)]
 
-        def hand_out(name: str, to: Iterable[int], parts: Iterable[Tensor]) -> None:
+        def hand_out(name: str, to: Iterable[int], parts: Iterable) -> None:
             # All layers have the same names, so that the layers of a kind share their graphs.
             for w in layers:
                 w[name] = None
@@ -1988,11 +2134,7 @@ class GPT(nn.Module):
         hand_out("out", attending, (out_lambdas * w_o).unbind())
         hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
         hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
-        mlp_in8, scales = (), ()
-        if fp8:
-            mlp_in8, scales = quantize_to_fit(self.mlp_bank[: 2 * count : 2].detach())
-        hand_out("mlp_in8", range(count), mlp_in8)
-        hand_out("mlp_in8_scale", range(count), scales)
+        hand_out("mlp8", range(count), zip(*map(torch.unbind, self.mlp8)) if fp8 else ())
         for name in ("head_gates", "skip", "dc_in", "dc_out"):
             hand_out(name, [], [])  # `make_gates` puts them in
         for name, row in self.table.items():
@@ -2161,6 +2303,7 @@ class Optimizer:
         self.settings = settings
         self.rank = rank
         self.world_size = world_size
+        self.model = model
         self.kernels = model.kernels
         self.table = model.table
         self.params = dict(model.named_parameters())
@@ -2258,6 +2401,7 @@ class Optimizer:
         # Phase 3: wait for the new values.
         for work in gathers:
             work.wait()
+        self.model.quantize_weights(hyper.delayed)
 
         if merge:
             self.tied = hyper.stage.tied
@@ -2377,7 +2521,8 @@ class Optimizer:
     def state_dict(self) -> dict:
         """All state, and the gradients that wait for Adam, whole and on the CPU.
 
-        All ranks take part; rank 0 has the result, the others have None in place of tensors.
+        All ranks take part; rank 0 has the result, the others have None in place of tensors. Of the
+        FP8 scales, which ranks do not share, it has the largest: none clips what another's did not.
         """
 
         def keep(whole: Tensor) -> Tensor | None:
@@ -2393,8 +2538,16 @@ class Optimizer:
                 if self.world_size > 1:
                     dist.all_reduce(grad, op=dist.ReduceOp.AVG)
                 grads[name] = keep(grad)
-        updates = dict(self.updates)
-        return {"states": states, "grads": grads, "updates": updates, "tied": self.tied}
+        scales = {}
+        for name, scale in self.model.lasting_scales().items():
+            largest = scale.clone()
+            if self.world_size > 1:
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            scales[name] = keep(largest)
+        return {
+            "states": states, "grads": grads, "scales": scales, "updates": dict(self.updates),
+            "tied": self.tied,
+        }
 
     def load_state_dict(self, saved: dict) -> None:
         """Takes this rank's part of a `state_dict`, which may be from another number of ranks.
@@ -2416,6 +2569,7 @@ class Optimizer:
         if self.sparse and "bigram_table" in grads:
             touched = grads["bigram_table"].any(1)
             self.touched.append(touched.nonzero().squeeze(1))
+        self.model.load_scales(part_of(saved, "scales", dict))
         self.tied = part_of(saved, "tied", bool)
 
 
@@ -2807,7 +2961,8 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, device_id=device if on_cuda else None)
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, src=0)
+            dist.broadcast(tensor.data.view(torch.uint8), src=0)  # not all dtypes can travel
+    model.quantize_weights()
     objective = model
     if on_cuda:
         objective = torch.compile(model, dynamic=False, fullgraph=True)
@@ -2947,7 +3102,7 @@ def warm_up(
     Then it puts model and optimizer back as they were: nothing may be learned off the clock, which
     is a rule of the track. The largest stage runs, too, so that too little memory shows here.
     """
-    tensors = list(model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
     for state in optimizer.state.values():
         tensors += state.values()
     before = [(tensor.detach().to("cpu", copy=True), tensor.grad) for tensor in tensors]
@@ -3760,6 +3915,8 @@ def estimate_gpu_memory(settings: Settings, model: GPT, world_size: int) -> int:
     for name, p in model.named_parameters():
         weights += 2 * p.numel() * p.element_size()  # with the gradient
         state += p.numel() * (of_bank if model.table[name].kind == "bank" else 8)
+    if model.fp8:
+        weights += model.w_in8.numel() + model.w_out8.numel()
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
     # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the
@@ -3774,7 +3931,7 @@ def print_plan(settings: Settings, world: World) -> None:
     """What --dry-run prints."""
     dtype = choose_dtype(settings, world.device)
     with torch.device("meta"):
-        model = GPT(settings.model, dtype)
+        model = GPT(settings.model, dtype, fp8=choose_fp8(settings, world.device, dtype))
     steps = f"{settings.total_steps:,} steps of {settings.slices} slices"
     print(f"preset {settings.preset}: {steps}, {dtype}, on {hardware_name(world)}\n")
     print_layers(settings.model)

@@ -45,7 +45,7 @@ def main() -> None:
     if measure and world.device.type != "cuda":
         raise command.UserError("--measure needs a GPU")
     with torch.device("meta"):
-        model = train_gpt.GPT(settings.model, torch.bfloat16)
+        model = train_gpt.GPT(settings.model, torch.bfloat16, fp8=settings.fp8)
     needs = {}
     print(f"preset {settings.preset} on one GPU\n")
     print(f"| slices | tokens a slice | estimate, MiB |{' measured, MiB |' * measure}")

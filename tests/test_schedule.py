@@ -84,6 +84,10 @@ def test_embedding_tables_can_have_every_second_of_adams_updates_from_a_step_on(
     assert all(schedule(RECORD, step).tables for step in range(1390))
 
 
+def test_the_fp8_scale_of_w_out_is_a_step_late_but_for_the_first_16_steps():
+    assert [step for step in range(20) if schedule(RECORD, step).delayed] == [16, 17, 18, 19]
+
+
 @pytest.mark.recipe
 def test_dry_run_prints_the_totals_of_the_recipe(train_gpt, tmp_path):
     plan = train_gpt("--preset", "record", "--dry-run")

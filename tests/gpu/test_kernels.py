@@ -129,21 +129,43 @@ def test_polar_express_with_the_kernels_makes_matrices_as_orthogonal_as_without(
         torch.testing.assert_close(x.float(), plain, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("rows, inner, columns", [(16, 16, 32), (50, 48, 80), (7, 64, 144), (1, 16, 16)])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns, fp8):
+MLP_SIZES = pytest.mark.parametrize("rows, inner, columns", [(16, 16, 32), (50, 48, 80), (7, 64, 144), (1, 16, 16)])
+
+
+@MLP_SIZES
+def test_mlp_kernel_equals_the_plain_expression(rows, inner, columns):
     x, w = torch.randn(rows, inner).to(BF16), torch.randn(columns, inner).to(BF16) / inner**0.5
-    scales = ()
-    if fp8:
-        (x, w), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
-    post = train_gpt.relu_squared_matmul(x, w, *scales)
+    post = train_gpt.relu_squared_matmul(x, w)
     product = x.double() @ w.double().T
-    if fp8:
-        product = product * scales[0] * scales[1]
     torch.testing.assert_close(post.double(), F.relu(product).square(), rtol=2**-7, atol=1e-6)
-    if not fp8:
-        grads = train_gpt.relu_squared_gradient(x, w, post)
-        torch.testing.assert_close(grads.double(), 2 * product * post.double().sqrt(), rtol=2**-7, atol=1e-5)
+    grads = train_gpt.relu_squared_gradient(x, w, post)
+    torch.testing.assert_close(grads.double(), 2 * product * post.double().sqrt(), rtol=2**-7, atol=1e-5)
+
+
+@MLP_SIZES
+@pytest.mark.parametrize("headroom", [1.8, 0.5])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_mlp_in_8_bits_stores_the_square_in_bf16_and_in_e4m3_and_finds_its_maximum(
+    rows, inner, columns, headroom, kernel, monkeypatch
+):
+    """By the kernel, and as older GPUs do it. With a headroom of 0.5 the largest squares are clipped."""
+    (x, x_scale), (w, w_scale) = (
+        train_gpt.quantize_to_fit(torch.randn(shape).to(BF16)) for shape in ((rows, inner), (columns, inner))
+    )
+    square = F.relu(x.double() @ w.double().T * x_scale * w_scale).square()
+    scale = (square.max() * headroom / 448).float()
+    if not kernel:
+        monkeypatch.setattr(train_gpt, "MLP_TILES", {})
+    post, post8, maxima = train_gpt.relu_squared_fp8(x, w, x_scale, w_scale, scale)
+    assert (post.dtype, post8.dtype) == (BF16, E4M3) and post.shape == post8.shape == square.shape
+    # The plain form rounds to bf16 before the square, too, and so before the maximum.
+    torch.testing.assert_close(post.double(), square, rtol=2**-7 if kernel else 2**-6, atol=1e-6)
+    assert maxima.max().item() == pytest.approx(square.max().item(), rel=1e-5 if kernel else 2**-6)
+    assert (maxima >= 0).all()
+    # e4m3 has 3 stored bits of mantissa, and steps of 2^-9 below 2^-6.
+    expected = (square / scale.double()).clamp(max=448)
+    torch.testing.assert_close(post8.double(), expected, rtol=2**-4 * (1.01 if kernel else 1.2), atol=2**-10 * 1.01)
+    assert (post8.float().max() == 448) == (headroom < 1)
 
 
 def test_without_descriptors_the_mlp_is_the_same(monkeypatch):
@@ -161,12 +183,16 @@ def plain_mlp(x, w_in, w_out):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_mlp_and_its_gradients(fp8):
-    """In bf16 against autograd in float64; in 8 bits against the same with quantized inputs of the first product."""
-    x, w_in, w_out = torch.randn(37, 32), torch.randn(80, 32) / 6, torch.randn(80, 32) / 9
+    """In bf16 against autograd in float64; in 8 bits against the same with quantized inputs of both products."""
+    x, w_in, w_out = torch.randn(48, 32), torch.randn(80, 32) / 6, torch.randn(80, 32) / 9
     given = [each.to(BF16).requires_grad_() for each in (x, w_in, w_out)]
-    eight = train_gpt.quantize_to_fit(given[1].detach()) if fp8 else ()
-    y = train_gpt.MLP.apply(*given, *eight)
-    upstream = torch.randn(37, 32).to(BF16)
+    eight, post_scale = (), torch.tensor(0.2)
+    if fp8:
+        w_in8, w_in_scale = train_gpt.quantize_to_fit(given[1].detach())
+        w_out8, w_out_scale = train_gpt.quantize_to_fit(given[2].detach())
+        eight = train_gpt.MLP8(w_in8, w_in_scale, w_out8.T.contiguous(), w_out_scale, post_scale)
+    y, maxima = train_gpt.MLP.apply(*given, *eight)
+    upstream = torch.randn(48, 32).to(BF16)
     grads = torch.autograd.grad(y, given, upstream)
 
     x, w_in, w_out = (each.detach().double().requires_grad_() for each in given)
@@ -176,6 +202,9 @@ def test_mlp_and_its_gradients(fp8):
     pre = first[0] @ first[1].T
     post = F.relu(pre).square()
     expected = post @ w_out
+    if fp8:
+        expected = emulated(post.detach(), post_scale) @ emulated(w_out.detach())
+        assert maxima.max().item() == pytest.approx(post.max().item(), rel=1e-3)
     pre_grad = 2 * (upstream.double() @ w_out.T) * F.relu(pre)
     manual = pre_grad @ w_in, pre_grad.T @ x, post.T @ upstream.double()
     torch.testing.assert_close(y.double(), expected, rtol=2**-6, atol=0.02)
@@ -316,7 +345,7 @@ def test_transposes(rows, columns):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_gradients(fp8):
+def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_gradients(fp8, monkeypatch):
     """As on CUDA, but for the attention; against float32 without kernels.
 
     Gradients of some scalars nearly cancel, so that bf16 alone leaves little of them: where bf16
@@ -333,11 +362,18 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
             p += 0.02 * torch.randn_like(p)
             exact.get_parameter(name).copy_(p)
             model.get_parameter(name).copy_(p)
+    model.quantize_weights()
     inputs = torch.randint(config.vocab_size, (64,), dtype=torch.int32)
     targets = torch.randint(config.vocab_size, (64,))
     prefix_of = torch.arange(config.vocab_size) - 1
     compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
-    losses = []
+    losses, largest, plain = [], [], train_gpt.relu_squared
+
+    def noting(x):
+        largest.append(plain(x).max().item())
+        return plain(x)
+
+    monkeypatch.setattr(train_gpt, "relu_squared", noting)
     for each in exact, rounded, compiled:
         context = train_gpt.make_context(config, 64, (16, 32), each.embed)
         context = context._replace(mtp=torch.tensor([1.0, 0.5, 0.25]))
@@ -346,6 +382,9 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
             loss = each(inputs, targets, context)
             loss.backward()
         losses.append(loss.item())
+    if fp8:  # the next pass's scales, by the largest squares of this one
+        expected = [1.8 / 448 * each for each in largest[: len(config.layers)]]
+        assert model.post_scale.tolist() == pytest.approx(expected, rel=0.1)
     assert losses[2] == pytest.approx(losses[0], rel=0.01)
     for name, p in model.named_parameters():
         true = exact.get_parameter(name).grad

@@ -79,7 +79,7 @@ PRESETS = {
         preset="tiny",
         model=ModelConfig(
             TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, attention_scale=0.1,
-            bigram_rows=15, bigram_dim=64,
+            bigram_rows=15, bigram_dim=64, gates=False,
         ),
         stages=TINY_STAGES,
         extension=replace(TINY_STAGES[-1], steps=10),

@@ -41,6 +41,7 @@ RULE = "=" * 100
 BOS = 256
 
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "32", "--heads", "2", "--bigram-dim", "16")
+MODEL += ("--gates", "true")
 VALIDATION = ("--val-tokens", "2048", "--val-seq-len", "1024")
 
 # The presets of recipe.py, whatever the tables of train_gpt.py say.

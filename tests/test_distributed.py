@@ -34,6 +34,7 @@ from test_command_line import (  # noqa: F401 (a fixture)
 
 # 48 is a multiple of 2, 3 and 4; with 3 processes every bank is padded.
 MODEL = ("--compile", "false", "--dtype", "float32", "--dim", "48", "--heads", "2", "--bigram-dim", "16")
+MODEL += ("--gates", "true")
 
 # Notes, by rank: what `train_step` got and gave, the gradients that the first update used, and the weights it left.
 NOTING = """

@@ -1374,8 +1374,8 @@ def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # Polar Express [38] (arXiv 2505.16932): each row is (a, b, c) of one step X <- aX + (bA + cA^2)X
 # with A = XX^T. A step leaves the singular vectors, and takes each singular value s to
-# as + bs^3 + cs^5. Composed, five steps bring all of (0.001, 1] into 0.86 to 1.14, six into 0.998 to
-# 1.002. `python bench/polar.py` makes the rows.
+# as + bs^3 + cs^5. Composed, five steps bring all of (0.001, 1] to between 0.86 and 1.14, six to
+# between 0.998 and 1.002. `python bench/polar.py` makes the rows.
 POLAR_EXPRESS = {
     5: (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),

@@ -191,7 +191,7 @@ class ModelConfig:
     key_offset: bool = setting(True, "partial key offset in layers with a long window [49]")
     xsa: bool = setting(True, "learnable exclusive self attention [82]")
     attention_gate: bool = setting(True, "gates of attention's heads [28]")
-    dc: bool = setting(True, "dynamically composed heads; they need the networks of --gates [85]")
+    dc: bool = setting(True, "dynamically composed heads; they come with the gates' networks [85]")
     single_input: bool = setting(True, "one activation feeds the last attention layers [77]")
     skip: bool = setting(True, "gated skip connection [55]")
     mudd: bool = setting(True, "MUDD connections [81]")

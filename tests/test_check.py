@@ -77,9 +77,9 @@ def in_evaluate(*lines):
 
 def of_losses(*lines):
     """Code at the end of `GPT.evaluate`, where losses are (T,)."""
-    end = "        return torch.cat(losses)\n\n    def stream"
+    end = "        return torch.cat(losses)\n\n    @property"
     body = "".join(f"        {line}\n" for line in ("losses = torch.cat(losses)", *lines, "return losses"))
-    return end, body + "\n    def stream"
+    return end, body + "\n    @property"
 
 
 def before(anchor, *lines):

@@ -1168,7 +1168,7 @@ sys.modules["tiktoken"] = types.SimpleNamespace(get_encoding=lambda name: Encodi
 NO_TIKTOKEN = """
 sys.modules["tiktoken"] = None
 """
-FAILING = """
+UNREACHABLE = """
 import types
 def get_encoding(name): raise ConnectionError("no route\\nto host")
 sys.modules["tiktoken"] = types.SimpleNamespace(get_encoding=get_encoding)
@@ -1230,10 +1230,10 @@ train_gpt.measure_peak = lambda *args: 1e12
     assert losses["true"][4, "val"] != losses["false"][4, "val"]
 
 
-@pytest.mark.parametrize("missing", [NO_TIKTOKEN, FAILING], ids=["no tiktoken", "no network"])
+@pytest.mark.parametrize("missing", [NO_TIKTOKEN, UNREACHABLE], ids=["no tiktoken", "no network"])
 def test_without_gpt2s_vocabulary_prefix_tokens_are_answered_with_a_line_before_the_run(missing, gpt2, tmp_path):
     result = gpt2(before=missing)
-    reason = "no route to host" if missing == FAILING else "tiktoken"
+    reason = "no route to host" if missing == UNREACHABLE else "tiktoken"
     assert_refused(result, tmp_path / "run", "GPT-2's vocabulary", reason, "--prefix-tokens false")
 
 
@@ -1341,7 +1341,7 @@ def test_every_field_can_be_set(launcher):
             new = "bfloat16"
         elif isinstance(old, str):
             new = "something else"
-        elif isinstance(old, float):
+        elif field.type is float:
             new = old / 2
         else:
             new = (old or 24) * 2

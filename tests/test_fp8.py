@@ -27,8 +27,8 @@ def older_gpu(monkeypatch):
     gpu = SimpleNamespace(major=8, multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
-    def summed_loss(x, lm_head, targets, weights, *, kernels, fp8):
-        return token_losses(x, lm_head, targets, weights, x.dtype).sum()
+    def summed_loss(x, lm_head, targets, weights, *prefix, kernels, fp8):
+        return token_losses(x, lm_head, targets, weights, x.dtype, *prefix).sum()
 
     def scaled_mm(a, b, a_scale, b_scale, dtype=torch.bfloat16, fast=True):
         return (a.float() @ b.float().T * (a_scale * b_scale)).to(dtype)

@@ -25,6 +25,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -620,7 +621,8 @@ class Witness:
             self.first = digest([losses]) if self.first is None else self.first + digest([losses])
         number = len(self.validations) - 1
         if self.time:
-            if number in (0, self.steps):
+            last = math.ceil(self.steps / VAL_EVERY["judged"])  # that at the end is always there
+            if number in (0, last):
                 self.probe(original, model, inputs, targets, *args, **kwargs)
             self.time.seconds += EVALUATION
             losses = self.made_up(number, inputs, targets, losses)

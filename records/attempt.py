@@ -18,6 +18,8 @@ from samples import Difference, loss_sample
 
 # Settings that are no options of the command line, or are said for every run.
 NOT_OPTIONS = ("preset", "seed", "steps", "run_id", "val_every", "train_files", "val_files")
+# Numbers of steps, which --steps shrinks: a log has what came of it, and --steps makes the same again.
+FOLLOW_STEPS = ("momentum_warmup", "momentum_cooldown", "tables_from", "average_steps")
 
 
 def attempt(args) -> int:
@@ -58,6 +60,7 @@ def make_runs(args, source: Path, last: Record, folder: Path) -> tuple[list[Run]
         again = options_of(last.runs[0], settings)
         jobs = {"": (source, args.options), "previous": (previous, again)}
         made = {which: [] for which in jobs}
+        models = {"": made[""], "previous": last.runs}  # of what experiment its runs must be
         for seed in range(1, args.seeds + 1):
             # Who begins changes from seed to seed: a machine that slows down is nobody's advantage.
             order = list(jobs) if seed % 2 else list(jobs)[::-1]
@@ -65,7 +68,8 @@ def make_runs(args, source: Path, last: Record, folder: Path) -> tuple[list[Run]
                 script, options = jobs[which]
                 path = folder / which / f"run_{seed}.txt"
                 bar.set_description(f"seed {seed}, {which or args.name}")
-                made[which].append(run_or_find(path, script, [*options, "--seed", str(seed)], args.track, made[which]))
+                options = [*options, "--seed", str(seed)]
+                made[which].append(run_or_find(path, script, options, args.track, models[which]))
                 bar.update()
     return made[""], made["previous"]
 
@@ -74,22 +78,22 @@ def options_of(run: Run, settings: dict) -> list[str]:
     """The options that make a run's script train with the same settings, but for its seed."""
     options = ["--steps", str(run.final_step)]
     for name, value in (settings | settings.get("model", {})).items():
-        if name not in NOT_OPTIONS and isinstance(value, bool | int | float | str) and value != "":
+        if name not in NOT_OPTIONS + FOLLOW_STEPS and isinstance(value, bool | int | float | str) and value != "":
             text = str(value).lower() if isinstance(value, bool) else str(value)
             options += [f"--{name.replace('_', '-')}", text]
     return options
 
 
-def run_or_find(path: Path, script: Path, options: list[str], track: str, before: list[Run]) -> Run:
-    """The run of a log, made if it is not there. UserError if it is of another experiment than those before."""
+def run_or_find(path: Path, script: Path, options: list[str], track: str, models: list[Run]) -> Run:
+    """The run of a log, made if it is not there. UserError if it is of another experiment than its models."""
     if training.finished(path) is None:
         preset = TRACKS[track]
         files = f"./data/{'sympy/sympy' if preset == 'tiny' else 'fineweb10B/fineweb'}"  # beside the project's script
         words = ["--preset", preset, "--train-files", f"{files}_train_*.bin", "--val-files", f"{files}_val_*.bin"]
         training.train(path, str(script), [*words, "--val-every", "1000000", *options])
     run = training.finished(path)
-    if before and Experiment.of(run) != Experiment.of(before[0]):
-        raise UserError(f"{path}: of another experiment than {before[0].name}: {difference_text(run, before[0])}")
+    if models and Experiment.of(run) != Experiment.of(models[0]):
+        raise UserError(f"{path}: of another experiment than {models[0].name}: {difference_text(run, models[0])}")
     return run
 
 
@@ -118,7 +122,10 @@ def decide(args, folder: Path, target: float, last: Record, mine: list[Run], the
 def description(args, mine: list[Run], theirs: list[Run], last: Record, change: str, p: float, target: float) -> str:
     """The beginning of a record's README.md, with what was measured."""
     own, others = relevant_settings(mine[0]), relevant_settings(theirs[0])
-    changed = [f"`{name}` {others.get(name)} → {own[name]}" for name in own if own[name] != others.get(name)]
+    # Of the scalars; the tables, and what one of the scripts does not have, are for whoever writes on.
+    names = [name for name in own if name in others and own[name] != others[name] and "[" not in name]
+    changed = ["the script"] * (mine[0].header.source != theirs[0].header.source)
+    changed += [f"`{name}` {others[name]} → {own[name]}" for name in names]
     rows = [
         f"| {run.seed} | {run.val_loss:.4f} | {run.train_time_ms / 1000:.2f} s | "
         f"{other.val_loss:.4f} | {other.train_time_ms / 1000:.2f} s |"
@@ -127,7 +134,7 @@ def description(args, mine: list[Run], theirs: list[Run], last: Record, change: 
     lines = [
         f"# {args.name.replace('_', ' ').capitalize()}",
         "",
-        f"What changed: {', '.join(changed) or 'the script'}.",
+        f"What changed: {', '.join(changed)}.",
         "",
         "Contributors: ",
         "",

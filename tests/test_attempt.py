@@ -23,6 +23,7 @@ with open("calls", "a") as calls:
 MS += len(open("calls").readlines())  # no run is quite like another
 settings = {{"preset": options["--preset"], "seed": seed, "steps": steps, "val_tokens": 524288}}
 settings |= {{"val_files": options["--val-files"], "lr": float(options.get("--lr", 1))}}
+settings["momentum_warmup"] = int(options.get("--momentum-warmup", 300)) * steps // 1000  # follows the steps
 source = Path(__file__).read_bytes()
 rule = "=" * 100
 sums = hashlib.sha256(source).hexdigest()

@@ -8,7 +8,7 @@ import torch
 
 import train_gpt
 
-CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=64, heads=4, bigram_dim=16)
+CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=64, heads=4, bigram_dim=16, gates=True)
 
 
 @pytest.fixture
@@ -56,7 +56,11 @@ def test_with_flex_attention_a_change_of_windows_weights_and_yarn_is_no_new_grap
         with torch.no_grad():
             expected.append(model(inputs, targets, context).item())
         contexts.append(context._replace(windows=tuple(torch.tensor(window) for window in windows)))
-    monkeypatch.setattr(train_gpt, "banded_mask", train_gpt.block_mask)
+
+    def mask(docs, window, size=None, banded_mask=train_gpt.banded_mask):
+        return banded_mask(docs, window, size) if size else train_gpt.block_mask(docs, window)
+
+    monkeypatch.setattr(train_gpt, "banded_mask", mask)
     with torch.compiler.set_stance("default"), torch.no_grad():
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)

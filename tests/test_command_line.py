@@ -1126,9 +1126,8 @@ def test_logbook_extracts_the_script_byte_for_byte(example, tmp_path):
     assert (tmp_path / "train.py").read_bytes() == SCRIPT.read_bytes()
 
 
-def test_clock_runs_in_steps_only(small, tmp_path):
-    # A clock that shows a second for every step and a thousand for every validation and for all that comes before.
-    before = """
+# Time stands still but for what a wrapped function is said to take.
+MADE_UP_TIME = """
 now = [0.0]
 class Time:
     perf_counter = staticmethod(lambda: now[0])
@@ -1140,6 +1139,12 @@ def taking(seconds):
         return original(*args)
     return around
 train_gpt.time = Time()
+"""
+
+
+def test_clock_runs_in_steps_only(small, tmp_path):
+    # A clock that shows a second for every step and a thousand for every validation and for all that comes before.
+    before = MADE_UP_TIME + """
 wrap(train_gpt, "train_step", taking(1))
 for name in ("plan_batches", "warm_up", "validate"):
     wrap(train_gpt, name, taking(1000))
@@ -1198,18 +1203,7 @@ def gpt2(small, tmp_path):
 
 def test_prefix_tokens_add_their_share_of_the_loss_in_training_and_their_table_is_made_on_the_clock(gpt2, tmp_path):
     # The clock shows a second for every step, ten for the table, and a thousand for all that comes before.
-    before = """
-now = [0.0]
-class Time:
-    perf_counter = staticmethod(lambda: now[0])
-    def __getattr__(self, name):
-        return getattr(time, name)
-def taking(seconds):
-    def around(original, *args):
-        now[0] += seconds
-        return original(*args)
-    return around
-train_gpt.time = Time()
+    before = MADE_UP_TIME + """
 for name, seconds in {"train_step": 1, "prefix_table": 10, "gpt2_vocabulary": 1000, "warm_up": 1000}.items():
     wrap(train_gpt, name, taking(seconds))
 train_gpt.measure_peak = lambda *args: 1e12

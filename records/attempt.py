@@ -102,7 +102,8 @@ def decide(args, folder: Path, target: float, last: Record, mine: list[Run], the
     verdict = logbook.verdict(mine, loss_sample(mine), target)
     times = [[run.train_time_ms for run in runs] for runs in (mine, theirs)]
     sooner = Difference.paired(*times) if len(mine) > 1 else None
-    change = f"{sum(times[0]) / sum(times[1]) - 1:+.1%} of its time"
+    saved = 1 - sum(times[0]) / sum(times[1])
+    change = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} time"
     if sooner is not None:
         change += f", p = {shown_p(sooner.p)} (paired by seed)"
     print(f"loss: mean {loss_sample(mine).mean:.4f}, p = {shown_p(verdict.p)} that it is at most {target:g}")
@@ -135,6 +136,8 @@ def description(args, mine: list[Run], theirs: list[Run], last: Record, change: 
         f"# {args.name.replace('_', ' ').capitalize()}",
         "",
         f"What changed: {', '.join(changed)}.",
+        "",
+        "Why: ",
         "",
         "Contributors: ",
         "",

@@ -35,6 +35,7 @@ class Record(NamedTuple):
     runs: list[Run]
     loss: Sample
     time: Sample
+    time_before: Sample | None  # of the record before it, where its runs were made again in turn with these
     p: float
     checked: str
     contributors: str
@@ -73,7 +74,7 @@ def track_targets(text: str) -> dict[str, float]:
 
 def track_table(track: str, target: float) -> str:
     """The records in a track's folder, oldest first, as a Markdown table."""
-    header = ["#", "date", "record", "mean loss ± sd", "runs", "mean time", f"p (≤ {target:g})"]
+    header = ["#", "date", "record", "mean loss ± sd", "runs", "mean time", "the one before, in turn"]
     rows = []
     for number, record in enumerate(listed(track, target), 1):
         rows.append(
@@ -83,7 +84,8 @@ def track_table(track: str, target: float) -> str:
                 f"[{record.title}]({quote(track)}/{quote(record.folder.name)}/)",
                 f"{record.loss.mean:.4f} ± {shown(record.loss.sd, '.4f')}",
                 str(record.loss.n),
-                f"{record.time.mean / 1000:,.2f} s",
+                seconds_cell(record.time),
+                seconds_cell(record.time_before),
                 shown_p(record.p),
                 record.checked,
                 record.contributors,
@@ -91,7 +93,11 @@ def track_table(track: str, target: float) -> str:
         )
     if not rows:
         return "No records yet.\n"
-    return table([*header, "checked", "contributors"], rows, {1, 2, 7, 8}, True) + "\n"
+    return table([*header, f"p (≤ {target:g})", "checked", "contributors"], rows, {1, 2, 8, 9}, True) + "\n"
+
+
+def seconds_cell(time: Sample | None) -> str:
+    return f"{time.mean / 1000:,.2f} s" if time else ""
 
 
 def listed(track: str, target: float, without: Path | None = None) -> list[Record]:
@@ -139,7 +145,8 @@ def read_record(folder: Path, track: str, target: float, before: list[Record]) -
         require_faster(runs, time, again, before[-1])
     contributors = CONTRIBUTORS.search(text)
     who = contributors[1] if contributors else ""
-    return Record(folder, name[1], title[1], runs, loss, time, verdict.p, checked, who)
+    time_before = time_sample(again) if again else None
+    return Record(folder, name[1], title[1], runs, loss, time, time_before, verdict.p, checked, who)
 
 
 def own_runs(runs: list[Run], before: list[Record]) -> tuple[list[Run], list[Run]]:
@@ -243,10 +250,7 @@ def progress(args) -> int:
         steps, target = public_steps(text), TARGET
     elif args.track in targets:
         target = targets[args.track]
-        steps = [
-            Step(number, first_day(record.day), record.time.mean / 1000, record.title)
-            for number, record in enumerate(listed(args.track, target), 1)
-        ]
+        steps = track_steps(listed(args.track, target))
     else:
         raise UserError(f"{args.track}: no such track; there are {', '.join([*targets, PUBLIC])}")
     if not steps:
@@ -261,6 +265,20 @@ def progress(args) -> int:
         days, seconds = [step.day for step in steps], [step.seconds for step in steps]
         save(matplotlib, lambda: draw_progress(matplotlib, days, seconds, target), args.out, kind)
     return 0
+
+
+def track_steps(records: list[Record]) -> list[Step]:
+    """The records of a track. One that was timed in turn with the one before it takes its share of that one's time.
+
+    So times compare, though machines differ, and one machine from day to day.
+    """
+    steps = []
+    for number, record in enumerate(records, 1):
+        seconds = record.time.mean / 1000
+        if record.time_before:
+            seconds = steps[-1].seconds * record.time.mean / record.time_before.mean
+        steps.append(Step(number, first_day(record.day), seconds, record.title))
+    return steps
 
 
 def step_cells(step: Step, first: Step) -> list[str]:

@@ -990,8 +990,8 @@ def test_leaderboard_writes_the_tables_between_the_markers(records):
     assert p_a < 0.0001 < p_b < 0.01
     end = "| 2026-06-01 | @me |"
     assert lines[7:9] == [
-        f"| 1 | 2026-05 | [A](tiny/2026-05_a/) | 1.4301 ± 0.0001 | 3 | 9.01 s | {p_a:.1e} {end}",
-        f"| 2 | 2026-06-02 | [B \\| b](tiny/2026-06-02_b/) | 1.4213 ± 0.0015 | 3 | 8.01 s | {p_b:.4f} {end}",
+        f"| 1 | 2026-05 | [A](tiny/2026-05_a/) | 1.4301 ± 0.0001 | 3 | 9.01 s |  | {p_a:.1e} {end}",
+        f"| 2 | 2026-06-02 | [B \\| b](tiny/2026-06-02_b/) | 1.4213 ± 0.0015 | 3 | 8.01 s |  | {p_b:.4f} {end}",
     ]
     assert lines[9:] == ["<!-- end of table -->", "", "After.", "<!-- leaderboard: 8xh100, target 3 -->",
                          "No records yet.", "<!-- end of table -->"]  # fmt: skip

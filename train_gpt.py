@@ -125,6 +125,8 @@ class Layer:
     window: str = "short"
     # Heads 2p and 2p + 1 are interleaved into one head over twice the positions [58].
     paired_heads: bool = False
+    # Queries and keys have half of a head's channels, all of which turn: without a key offset.
+    narrow_qk: bool = False
     # The number of the table of value embeddings that is mixed into v [14].
     value_embeds: int | None = None
     # Exclusive self attention: the output loses a part of its token's own value [82].
@@ -188,6 +190,7 @@ class ModelConfig:
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
     value_embeds: bool = setting(True, "value embeddings [14]")
     paired_heads: bool = setting(True, "paired heads [58]")
+    narrow_qk: bool = setting(False, "queries and keys of half the width in some layers")
     key_offset: bool = setting(True, "partial key offset in layers with a long window [49]")
     xsa: bool = setting(True, "learnable exclusive self attention [82]")
     attention_gate: bool = setting(True, "gates of attention's heads [28]")
@@ -327,17 +330,18 @@ class Settings:
 # The record's network: 11 layers, most with a short window, four with paired heads.
 # Layer 6 has no attention, and takes in layer 3's output instead. The last three read what layer 7
 # left; the last one mixes in earlier layers by MUDD. Networks before layers 0 and 4 make the gates.
+# What narrow_qk=True says holds with --narrow-qk true alone: the record has no such layers.
 RECORD_LAYERS = (
-    Layer(paired_heads=True, gates=True),
-    Layer(value_embeds=0, xsa=True),
-    Layer(paired_heads=True, value_embeds=1),
+    Layer(paired_heads=True, narrow_qk=True, gates=True),
+    Layer(narrow_qk=True, value_embeds=0, xsa=True),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=1),
     Layer(window="long", xsa=True, attention_gate=True),
-    Layer(xsa=True, gates=True),
-    Layer(paired_heads=True),
+    Layer(narrow_qk=True, xsa=True, gates=True),
+    Layer(paired_heads=True, narrow_qk=True),
     Layer(attention=False, skip=3),
-    Layer(xsa=True),
-    Layer(value_embeds=2, single_input=7),
-    Layer(paired_heads=True, value_embeds=3, single_input=7),
+    Layer(narrow_qk=True, xsa=True),
+    Layer(narrow_qk=True, value_embeds=2, single_input=7),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=3, single_input=7),
     Layer(
         window="long", value_embeds=4, attention_gate=True, dc=True, single_input=7, mudd=(7, 9, 3)
     ),
@@ -359,30 +363,45 @@ RECORD_STAGES = (
     ),
 )
 # The laptop's network, at a thirtieth of the size: 3.8M matrix parameters. It has what helps there:
-# in so short a run further targets take from the next one's loss, and networks for the gates
-# (--gates true) learn too slowly.
+# in so short a run further targets (--multi-token true) take from the next one's loss, and networks
+# for the gates (--gates true) learn too slowly.
 TINY_LAYERS = (
-    Layer(paired_heads=True, value_embeds=0, attention_gate=True, gates=True),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=0, attention_gate=True, gates=True),
     Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
-    Layer(value_embeds=1, xsa=True, attention_gate=True),
+    Layer(narrow_qk=True, value_embeds=1, xsa=True, attention_gate=True),
     Layer(
         window="long", value_embeds=2, xsa=True, attention_gate=True, dc=True, single_input=3,
         mudd=(3, 2, 1),
     ),
 )
 TINY_STAGES = (
-    Stage(steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0, tied=True),
-    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
-    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0,
+        mtp=((1, 0, 0), (1, 0, 0)),
+    ),
 )
 
+RECORD = Settings(
+    preset="record",
+    model=ModelConfig(RECORD_LAYERS),
+    stages=RECORD_STAGES,
+    extension=replace(RECORD_STAGES[-1], steps=15, windows=(768, 1664)),
+)
 PRESETS = {
-    "record": Settings(
-        preset="record",
-        model=ModelConfig(RECORD_LAYERS),
-        stages=RECORD_STAGES,
-        extension=replace(RECORD_STAGES[-1], steps=15, windows=(768, 1664)),
+    "record": RECORD,
+    # The project's candidate for the next record, not yet run: cheaper steps, as many. records/next.md
+    # has what it should take, and what speaks for each of its parts.
+    "next": replace(
+        RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), tables_every=2
     ),
     "tiny": Settings(
         preset="tiny",
@@ -400,6 +419,7 @@ PRESETS = {
         val_short_window=64,
         val_long_window=256,
         slices=4,
+        multi_token=False,
         momentum_warmup=60,
         momentum_cooldown=15,
         tables_from=90,
@@ -407,7 +427,7 @@ PRESETS = {
 }
 
 # The command that fetches or makes a preset's shards; its path counts from this file's folder.
-FETCH = {"record": "data/cached_fineweb10B.py 9", "tiny": "data/embedded.py"}
+FETCH = {**dict.fromkeys(PRESETS, "data/cached_fineweb10B.py 9"), "tiny": "data/embedded.py"}
 
 
 # The table of parameters. A new parameter is one row of `parameter_table`: the model then makes it,
@@ -564,15 +584,22 @@ def gate_networks(config: ModelConfig) -> list[list[Gate]]:
     return networks
 
 
-def qk_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """Of the bank of Q and K, whose matrices are orthogonalized one by one.
+def qk_banks(config: ModelConfig) -> dict[str, tuple[list[int], int]]:
+    """The banks of Q and K: each one's layers, and the rows of a head."""
+    narrow = config.layers_with("narrow_qk")
+    wide = [layer for layer in config.layers_with("attention") if layer not in narrow]
+    head_dim = config.dim // config.heads
+    return {"qk_bank": (wide, head_dim), "narrow_qk_bank": (narrow, head_dim // 2)}
+
+
+def qk_shape(config: ModelConfig, layers: int, head_rows: int) -> tuple[int, int, int]:
+    """Of a bank of Q and K, whose matrices are orthogonalized one by one.
 
     A layer's are the heads 01, 23, … of Q and then of K [80], or all of Q and all of K.
     """
     heads_together = 2 if config.head_pairs else config.heads
     matrices = 2 * config.heads // heads_together
-    rows = heads_together * config.dim // config.heads
-    return len(config.layers_with("attention")) * matrices, rows, config.dim
+    return layers * matrices, heads_together * head_rows, config.dim
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
@@ -603,7 +630,9 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
     add("bigram_table", "table", bigram_shape, constant(0), (0.75, 0.95), 75, 5, config.bigram)
     add("lm_head", "table", (dim, vocab), normal(0.005), (0.5, 0.95), 1, 150)
     add("embed", "table", (vocab, dim), transpose_of("lm_head"), (0.5, 0.95), 1, 150)
-    add("qk_bank", "bank", qk_shape(config), uniform(bound), (0.9, 0.95), 0.125, 10)
+    for name, (layers, head_rows) in qk_banks(config).items():
+        shape = qk_shape(config, len(layers), head_rows)
+        add(name, "bank", shape, uniform(bound), (0.9, 0.95), 0.125, 10, len(layers) > 0)
     # V and O of each layer; then W_in and W_out of each layer, W_out transposed.
     vo_shape, mlp_shape = (2 * len(attending), dim, dim), (2 * count, 4 * dim, dim)
     add("vo_bank", "bank", vo_shape, uniform(bound), (0.9, 0.95), 0.125, 10)
@@ -1423,6 +1452,9 @@ def polar_express(
 # layers of a kind. CUDA runs FlexAttention over a list of blocks, other devices a banded attention.
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
+# Attention's logits sum fewer products where queries and keys are narrow: what they are multiplied
+# by besides.
+NARROW_QK_SCALE = 1.2
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -1457,10 +1489,10 @@ def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (2j, 2j + 1) of the first half of the channels of x (T, H, d)."""
+    """Turns the pairs (2j, 2j + 1) of the first channels of x (T, H, d), one for each angle."""
     cos = cos[: len(x)]
     sin = sin[: len(x)]
-    turning, still = x.chunk(2, dim=-1)
+    turning, still = x.tensor_split([2 * cos.size(-1)], dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1)
     return torch.cat((turned.flatten(-2), still), dim=-1)
@@ -1738,6 +1770,7 @@ def project(
 
     `added` (T, D) is added to v: the token's row of value embeddings, or what MUDD makes.
     """
+    cos, sin = rotary
     a = norm(x)
     if w["value_gates"] is not None:
         # Gates of the value embedding [14, 63], from both the input and the embedding: (T, H).
@@ -1754,14 +1787,13 @@ def project(
     if offset:
         # The half of a key that does not turn is that of the token before. A query so finds what
         # came after a token like its own, and one layer can copy, where else it takes two [49].
-        turning, still = k.chunk(2, dim=-1)
+        turning, still = k.tensor_split([2 * cos.size(-1)], dim=-1)
         k = torch.cat((turning, previous(still, begins)), dim=-1)
     if paired:
         q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
     gate = w["head_gates"]  # made by a network [85]
     if w["attention_gates"] is not None:
         gate = torch.sigmoid(a[:, :12] @ w["attention_gates"].T)  # learned directly [28]
-    cos, sin = rotary
     return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
 
@@ -2007,10 +2039,13 @@ class GPT(nn.Module):
                     offset=config.key_offset and row.window == "long",
                     paired=row.paired_heads,
                 )
-                y = attend(q, k, v, masks[row.paired_heads, row.window], context.scale)
+                scale = context.scale
+                if row.narrow_qk:
+                    scale = NARROW_QK_SCALE * scale
+                y = attend(q, k, v, masks[row.paired_heads, row.window], scale)
                 if row.dc:
                     dc_weights = w["dc_in"], w["dc_out"]
-                    y = compose_heads(y, q, k, v, *dc_weights, masks["dc"], context.scale)
+                    y = compose_heads(y, q, k, v, *dc_weights, masks["dc"], scale)
                 # Layer 0 has the bigram embedding from the start.
                 bigram_here = None if i == 0 else bigram
                 x = add_attention(
@@ -2107,9 +2142,10 @@ class GPT(nn.Module):
     def layer_weights(self, length: int, fp8: bool) -> tuple[list[dict], list[Mix]]:
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
 
-        Of a layer: the matrices, times their scalars [47]: qk (2D, D), v and out (D, D), mlp_in and
-        mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and its row of every parameter whose
-        row in the table has `layers`, by the parameter's name. What a layer lacks is None.
+        Of a layer: the matrices, times their scalars [47]: qk (2D, D), or (D, D) where they are
+        narrow, v and out (D, D), mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8;
+        and its row of every parameter whose row in the table has `layers`, by the parameter's name.
+        What a layer lacks is None.
         """
         dtype = self.embed.dtype
         dim = self.config.dim
@@ -2127,10 +2163,15 @@ class GPT(nn.Module):
         # For all layers at once, which saves some hundred small kernels, most of them backward.
         qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
         out_lambdas = self.out_lambdas.to(dtype)[:, None, None]
-        w_qk = self.qk_bank.view(-1, dim)[: n * 2 * dim].view(n, 2 * dim, dim)  # no padding
+        qk = {}
+        for name, (those, _) in qk_banks(self.config).items():
+            if those:
+                bank = getattr(self, name)[: self.table[name].shape[0]]  # without its padding
+                lambdas = torch.stack([qkv_lambdas[attending.index(layer)] for layer in those])
+                qk |= zip(those, (lambdas * bank.view(len(those), -1, dim)).unbind())
         w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
         mlp_matrices = self.mlp_bank.unbind()
-        hand_out("qk", attending, (qkv_lambdas * w_qk).unbind())
+        hand_out("qk", qk.keys(), qk.values())
         hand_out("v", attending, (qkv_lambdas * w_v).unbind())
         hand_out("out", attending, (out_lambdas * w_o).unbind())
         hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
@@ -2594,7 +2635,7 @@ def find_shards(pattern: str, preset: str) -> list[str]:
         script, *count = FETCH[preset].split()
         command = shlex.join(["python", beside_this_file(script), *count])
         text = f"no shards match {pattern}; get them with: {command}"
-        if preset == "record" and not torch.cuda.is_available():
+        if preset != "tiny" and not torch.cuda.is_available():
             text += "; without a GPU there is the preset tiny: ./run.sh, or --preset tiny"
         raise UserError(text)
     return paths
@@ -3020,17 +3061,22 @@ class Clock:
 
 
 def flops_per_token(config: ModelConfig, stage: Stage) -> int:
-    """FLOPs of a training token: 6 a matrix parameter, and 12 a channel and key of attention."""
-    attending = config.layers_with("attention")
-    matrices = config.dim * config.padded_vocab
-    matrices += 8 * config.dim**2 * len(config.layers)
-    matrices += 4 * config.dim**2 * len(attending)
-    keys = 0
-    for layer in attending:
-        short, long = stage.windows
-        keys += long if config.rows[layer].window == "long" else short
-        keys += DC_WINDOW if config.rows[layer].dc else 0
-    return 6 * matrices + 12 * config.dim * keys
+    """FLOPs of a training token: 6 a matrix parameter, and 6 a channel and key of attention for
+    the logits, 6 for the values.
+    """
+    dim = config.dim
+    short, long = stage.windows
+    parameters = dim * config.padded_vocab
+    channels = 0  # times keys
+    for row in config.rows:
+        parameters += 8 * dim**2
+        if row.attention:
+            qk_dim = dim // 2 if row.narrow_qk else dim
+            parameters += 2 * qk_dim * dim + 2 * dim**2
+            keys = long if row.window == "long" else short
+            keys += DC_WINDOW if row.dc else 0
+            channels += (qk_dim + dim) * keys
+    return 6 * parameters + 6 * channels
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -3985,7 +4031,7 @@ def print_parameters(settings: Settings, model: GPT) -> None:
         print(columns.format(name, shape, f"{p.numel():,}", row.init.text, *map(str, optimizer)))
     print(f"{'total':31}{sum(sizes.values()):>14,}")
     head, in_mlps = sizes["lm_head"] / 1e6, sizes["mlp_bank"] / 1e6
-    in_attention = (sizes["qk_bank"] + sizes["vo_bank"]) / 1e6
+    in_attention = sum(sizes.get(name, 0) for name in (*qk_banks(settings.model), "vo_bank")) / 1e6
     print(
         f"active matrix parameters: {head + in_mlps + in_attention:.1f}M "
         f"(head {head:.1f}M, MLP {in_mlps:.1f}M, attention {in_attention:.1f}M)\n"

@@ -748,8 +748,10 @@ class Asked:
 
 def validation(subject: Subject):
     """Validation is the mean loss of every token of the whole, unchanged stream."""
-    for preset, stream in STREAMS.items():
-        settings = subject.script.PRESETS[preset]
+    for preset, settings in subject.script.PRESETS.items():
+        if preset not in STREAMS:
+            continue
+        stream = STREAMS[preset]
         if settings.val_tokens != stream.tokens:
             yield f"{preset}: val_tokens is {settings.val_tokens}, not {stream.tokens}"
         if (files := Path(settings.val_files).name) != stream.files:

@@ -32,9 +32,11 @@ class Stream(NamedTuple):
         return None
 
 
+FINEWEB = Stream(10_485_760, "fineweb_val_*.bin", None, None)
 # By preset.
 STREAMS = {
-    "record": Stream(10_485_760, "fineweb_val_*.bin", None, None),
+    "record": FINEWEB,
+    "next": FINEWEB,
     "tiny": Stream(
         524_288,
         "sympy_val_*.bin",

@@ -10,16 +10,16 @@ from dataclasses import replace
 from train_gpt import Layer, ModelConfig, Settings, Stage
 
 RECORD_LAYERS = (
-    Layer(paired_heads=True, gates=True),
-    Layer(value_embeds=0, xsa=True),
-    Layer(paired_heads=True, value_embeds=1),
+    Layer(paired_heads=True, narrow_qk=True, gates=True),
+    Layer(narrow_qk=True, value_embeds=0, xsa=True),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=1),
     Layer(window="long", xsa=True, attention_gate=True),
-    Layer(xsa=True, gates=True),
-    Layer(paired_heads=True),
+    Layer(narrow_qk=True, xsa=True, gates=True),
+    Layer(paired_heads=True, narrow_qk=True),
     Layer(attention=False, skip=3),
-    Layer(xsa=True),
-    Layer(value_embeds=2, single_input=7),
-    Layer(paired_heads=True, value_embeds=3, single_input=7),
+    Layer(narrow_qk=True, xsa=True),
+    Layer(narrow_qk=True, value_embeds=2, single_input=7),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=3, single_input=7),
     Layer(
         window="long", value_embeds=4, attention_gate=True, dc=True, single_input=7, mudd=(7, 9, 3)
     ),
@@ -39,19 +39,28 @@ RECORD_STAGES = (
     ),
 )
 TINY_LAYERS = (
-    Layer(paired_heads=True, value_embeds=0, attention_gate=True, gates=True),
+    Layer(paired_heads=True, narrow_qk=True, value_embeds=0, attention_gate=True, gates=True),
     Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
-    Layer(value_embeds=1, xsa=True, attention_gate=True),
+    Layer(narrow_qk=True, value_embeds=1, xsa=True, attention_gate=True),
     Layer(
         window="long", value_embeds=2, xsa=True, attention_gate=True, dc=True, single_input=3,
         mudd=(3, 2, 1),
     ),
 )
 TINY_STAGES = (
-    Stage(steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0, tied=True),
-    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0, tied=True),
-    Stage(steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 128), lr=1.0,
+        mtp=((1, 0.5, 0), (1, 0, 0)), tied=True,
+    ),
+    Stage(
+        steps=120, batch_tokens=8192, max_seq_len=1024, windows=(64, 256), lr=1.0,
+        mtp=((1, 0, 0), (1, 0, 0)),
+    ),
 )
 
 OPTIMIZERS = {
@@ -91,6 +100,7 @@ PRESETS = {
         val_short_window=64,
         val_long_window=256,
         slices=4,
+        multi_token=False,
         momentum_warmup=60,
         momentum_cooldown=15,
         tables_from=90,
@@ -99,3 +109,6 @@ PRESETS = {
 }
 
 RECORD, TINY = PRESETS["record"], PRESETS["tiny"]
+PRESETS["next"] = replace(
+    RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), tables_every=2
+)

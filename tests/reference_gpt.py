@@ -38,7 +38,7 @@ def sign_row(before, token):
 
 
 def rotated(x, position, frequencies):
-    """The vector x (d,) at a position: the pairs of its first half turn, the second half stays."""
+    """The vector x (d,) at a position: its first pairs turn, one a frequency; the rest stays."""
     turned = []
     for j, frequency in enumerate(frequencies):
         even, odd = x[2 * j], x[2 * j + 1]
@@ -76,6 +76,7 @@ class ReferenceGPT:
         self.mixing = [i for i in table if config.layers[i].mudd is not None and config.mudd]
         self.gated = [i for i in self.valued if i not in self.mixing]
         self.with_gate = [i for i in table if config.layers[i].attention_gate and config.attention_gate]
+        self.narrow = [i for i in table if config.layers[i].narrow_qk and config.narrow_qk]
         self.networks = [i for i in table if config.layers[i].gates and config.gates]
 
     def logits(self, tokens, windows, rotary=None):
@@ -194,7 +195,13 @@ class ReferenceGPT:
         H, d = c.heads, c.dim // c.heads
         window = self.windows[1] if layer.window == "long" else self.windows[0]
         in_scale, out_scale = p["qkv_lambdas"][n], p["out_lambdas"][n]
-        w_q, w_k = p["qk_bank"].reshape(len(self.attending), 2, H, d, c.dim)[n]
+        scale, narrow = self.scale, i in self.narrow
+        if narrow:
+            scale = 1.2 * scale
+            w_q, w_k = p["narrow_qk_bank"].reshape(len(self.narrow), 2, H, d // 2, c.dim)[self.narrow.index(i)]
+        else:
+            wide = [j for j in self.attending if j not in self.narrow]
+            w_q, w_k = p["qk_bank"].reshape(len(wide), 2, H, d, c.dim)[wide.index(i)]
         w_v, w_o = p["vo_bank"][2 * n].reshape(H, d, c.dim), p["vo_bank"][2 * n + 1]
         pair = layer.paired_heads and c.paired_heads
         parts = {}
@@ -203,18 +210,18 @@ class ReferenceGPT:
             q = [rotated(norm(in_scale * w_q[h] @ a[t]), position[t], self.frequencies) for t in range(T)]
             k = [rotated(norm(in_scale * w_k[h] @ a[t]), position[t], self.frequencies) for t in range(T)]
             v = [in_scale * w_v[h] @ a[t] + to_v[t, h * d : h * d + d] for t in range(T)]
-            if layer.window == "long" and c.key_offset:
+            if layer.window == "long" and c.key_offset and not narrow:
                 k = [k[t] if self.begins[t] else torch.cat((k[t][: d // 2], k[t - 1][d // 2 :])) for t in range(T)]
             parts[h] = q, k, v
-        y = {h: attended(*parts[h], self.docs, window, self.scale) for h in range(H) if not pair}
+        y = {h: attended(*parts[h], self.docs, window, scale) for h in range(H) if not pair}
         for h in range(0, H if pair else 0, 2):
             both = [[x for token in zip(*heads) for x in token] for heads in zip(parts[h], parts[h + 1])]
-            z = attended(*both, [doc for doc in self.docs for _ in range(2)], window, self.scale)
+            z = attended(*both, [doc for doc in self.docs for _ in range(2)], window, scale)
             y[h], y[h + 1] = z[0::2], z[1::2]
         for t in range(T if (i, "dc_in") in self.made else 0):
             own, mixture = self.made[i, "dc_in"][t], 0.0
             for g in range(H):
-                seen, weights = probabilities(*parts[g][:2], self.docs, 111, self.scale, t)
+                seen, weights = probabilities(*parts[g][:2], self.docs, 111, scale, t)
                 mixture = mixture + own[g] / (own.square().mean() + 1e-6).sqrt() * weights
             for h in range(H):
                 v = torch.stack([parts[h][2][j] for j in seen])

@@ -47,10 +47,10 @@ BOS = 60
 SMALL = ModelConfig(
     layers=(
         Layer(paired_heads=True, value_embeds=0, attention_gate=True, gates=True),
-        Layer(window="long", xsa=True, attention_gate=True, dc=True),
-        Layer(value_embeds=1, xsa=True),
+        Layer(window="long", narrow_qk=True, xsa=True, attention_gate=True, dc=True),
+        Layer(narrow_qk=True, value_embeds=1, xsa=True),
         Layer(attention=False, skip=1, gates=True),
-        Layer(paired_heads=True, value_embeds=2, single_input=2),
+        Layer(paired_heads=True, narrow_qk=True, value_embeds=2, single_input=2),
         Layer(xsa=True, attention_gate=True),
         Layer(
             window="long", value_embeds=3, xsa=True, attention_gate=True, dc=True, single_input=2,
@@ -63,6 +63,7 @@ SMALL = ModelConfig(
     heads=4,
     bigram_rows=15,
     bigram_dim=20,
+    narrow_qk=True,
 )
 # Documents of 5 tokens (the rest of one that began before), 1, 8 and 10, with tokens that repeat.
 STREAM = [7, 3, 3, 41, 7, BOS, BOS, 19, 3, 3, 58, 0, 22, 19, BOS, 3, 41, 41, 5, 7, 3, 30, 8, 8, 1]
@@ -78,6 +79,7 @@ RANDOM = {
     "lm_head": (0, 0.7),
     "embed": (0, 1),
     "qk_bank": (0, 0.2),
+    "narrow_qk_bank": (0, 0.25),
     "vo_bank": (0, 0.2),
     "mlp_bank": (0, 0.1),
     "resid_lambdas": (1, 0.2),
@@ -212,13 +214,13 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
 @pytest.mark.recipe
 def test_the_presets_are_those_of_the_recipe():
     assert PRESETS == recipe.PRESETS
-    assert all(getattr(RECORD.model, name) for name in SWITCHES)
+    assert [name for name in SWITCHES if not getattr(RECORD.model, name)] == ["narrow_qk"]
 
 
 @pytest.mark.recipe
-def test_tiny_is_a_small_model_with_every_technique_but_the_gates_networks():
+def test_tiny_is_a_small_model_with_every_technique_of_the_record_but_the_gates_networks():
     tiny = PRESETS["tiny"].model
-    assert [name for name in SWITCHES if not getattr(tiny, name)] == ["gates"]
+    assert [name for name in SWITCHES if not getattr(tiny, name)] == ["narrow_qk", "gates"]
     with torch.device("meta"):
         whole, without = (GPT(replace(tiny, gates=gates)) for gates in (True, False))
     assert set(dict(whole.named_parameters())) == set(PARAMETERS)
@@ -453,6 +455,8 @@ def test_a_key_offset_lets_layers_with_a_long_window_look_one_token_farther_back
     for layer, windows in ((Layer(window="long"), (2, 5)), (Layer(), (5, 2))):
         assert reach(one_layer(layer), windows) == 5
         assert reach(one_layer(layer, key_offset=True), windows) == (6 if layer.window == "long" else 5)
+        narrow = replace(layer, narrow_qk=True)  # of whose keys all channels turn
+        assert reach(one_layer(narrow, key_offset=True, narrow_qk=True), windows) == 5
 
 
 @pytest.mark.parametrize("technique", ["smear", "bigram"])
@@ -696,7 +700,8 @@ def test_the_prefixes_of_gpt2s_tokens(monkeypatch):
 
 @pytest.mark.parametrize("head_pairs", [True, False])
 def test_q_and_k_are_orthogonalized_two_heads_at_a_time_or_whole(head_pairs):
-    config = replace(SMALL, head_pairs=head_pairs)  # 6 layers with attention, 4 heads of 8 rows
+    # 6 layers with attention, 4 heads of 8 rows.
+    config = replace(SMALL, head_pairs=head_pairs, narrow_qk=False)
     model = private_copy(config)
     assert model.qk_bank.shape == ((24, 16, 32) if head_pairs else (12, 32, 32))
     generator = torch.Generator().manual_seed(0)
@@ -750,6 +755,12 @@ def test_probabilities_of_all_columns_sum_to_1(variant):
 # ----------------------------------------------------------------------------------------------------------------------
 # The plain model, and the switches
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_pairs", "shapes"), [(True, ((12, 16), (12, 8))), (False, ((6, 32), (6, 16)))])
+def test_narrow_q_and_k_lie_in_a_bank_of_their_own(head_pairs, shapes):
+    model = random_model(replace(SMALL, head_pairs=head_pairs))  # 3 layers with narrow heads of 4 rows, 3 with 8
+    assert (model.qk_bank.shape[:2], model.narrow_qk_bank.shape[:2]) == shapes
 
 
 def plain_gpt(config, p, tokens, targets, windows):
@@ -821,6 +832,7 @@ EFFECTS = {
     "bigram": (377_280 * 768 + 9 * (64 + 1), True),  # nine layers' coefficients
     "value_embeds": (5 * 50_304 * 768 + 4 * 6 * 12, True),
     "paired_heads": (0, True),
+    "narrow_qk": (-8 * 768 * 768, True),  # half of Q and K in eight layers, which the record has not
     "key_offset": (0, True),
     "xsa": (4 * 6 * (64 + 1), True),
     "attention_gate": (2 * 6 * (64 + 1), True),
@@ -843,7 +855,8 @@ def test_every_switch_of_the_model_is_accounted_for():
 @pytest.mark.parametrize("name", EFFECTS)
 def test_a_switch_removes_its_parameters_and_changes_the_loss(name):
     parameters, changes_loss = EFFECTS[name]
-    assert parameter_count(RECORD.model) - parameter_count(replace(RECORD.model, **{name: False})) == parameters
+    whole = replace(RECORD.model, narrow_qk=True)
+    assert parameter_count(whole) - parameter_count(replace(whole, **{name: False})) == parameters
     on, off = (losses(random_model(config)) for config in (SMALL, replace(SMALL, **{name: False})))
     change = (on - off).abs().max()
     assert change > 0.01 if changes_loss else change < TOLERANCE

@@ -72,9 +72,9 @@ def test_run_that_fails_is_told_in_a_line_with_its_status(tmp_path, monkeypatch)
 def logs(tmp_path, monkeypatch):
     """Three seeds of the base and of two variants."""
     variants = {
-        "all": ablate.Variant("nothing", []),
-        "no_smear": ablate.Variant("smear", ["smear"]),
-        "no_yarn": ablate.Variant("YaRN", ["yarn"]),
+        "all": ablate.Variant("nothing", {}),
+        "no_smear": ablate.Variant("smear", {"smear": False}),
+        "no_yarn": ablate.Variant("YaRN", {"yarn": False}),
     }
     monkeypatch.setattr(ablate, "variants", lambda: variants)
     for seed, (base, without) in enumerate([(1.5, 1.52), (1.4, 1.45), (1.6, 1.61)], 1):
@@ -216,7 +216,7 @@ def test_table_without_a_run_of_the_preset_is_a_mistake(answer, logs):
 
 
 def test_switches_that_older_sources_carried_out_in_their_tables_still_pair(answer, logs, monkeypatch):
-    both = {"all": ablate.Variant("nothing", []), "no_mtp": ablate.Variant("MTP", ["multi_token"])}
+    both = {"all": ablate.Variant("nothing", {}), "no_mtp": ablate.Variant("MTP", {"multi_token": False})}
     monkeypatch.setattr(ablate, "variants", lambda: both)
     for seed in (1, 2, 3):
         write_log(logs / f"all-{seed}.txt", 1.5, [100], stages=[{"mtp": [[1, 0]]}], multi_token=True)
@@ -227,7 +227,7 @@ def test_switches_that_older_sources_carried_out_in_their_tables_still_pair(answ
 def test_every_technique_has_its_variant():
     names = set(ablate.variants())
     assert {"all", "plain", "adam", "no_smear", "no_mudd", "no_yarn", "no_length_schedule"} <= names
-    assert len(names) == 3 + len(ablate.TECHNIQUES)
+    assert len(names) == 3 + len(ablate.TECHNIQUES) + len(ablate.ADDED)
     for variant in ablate.variants().values():
         train_gpt.parse_arguments(["--preset", "tiny", *variant.options])
 
@@ -248,7 +248,7 @@ def laptop(tmp_path, monkeypatch):
         )
         steps, seed = int(values["--steps"]), int(values["--seed"])
         rate, batch = float(values.get("--lr", 2.4e-3)), int(values.get("--batch-tokens", 1024))
-        speed = 1 if script == track.BASELINE else 2 - options.count("false") / 20
+        speed = 1 if script == track.BASELINE else 2 - options.count("false") / 25
         loss = 1 + 5 / (1 + 0.001 * speed * steps) + abs(rate - 2.4e-3) + abs(batch - 1024) * 1e-5 + 1e-4 * seed
         trained.append(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def test_track_finds_the_best_point_the_target_and_the_fewest_steps_to_it(laptop
     # 800 steps of 10 ms: a loss of 1 + 5 / 1.8 and a bit, and the margin.
     assert steps["0_baseline"] == 800 and target == 3.82
     for record in track.history(best)[1:]:
-        loss = 1 + 5 / (1 + 0.001 * (2 - record.options.count("false") / 20) * steps[record.name]) + 1e-4
+        loss = 1 + 5 / (1 + 0.001 * (2 - record.options.count("false") / 25) * steps[record.name]) + 1e-4
         assert 3.76 <= round(loss, 4) <= 3.78, record.name
     before = len(laptop)
     assert track.grid() == best and track.search(track.history(best)) == (target, steps)

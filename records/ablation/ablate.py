@@ -1,14 +1,15 @@
-"""What each technique is worth: trains a preset with each one switched off; a table of differences.
+"""What each technique is worth: trains a preset with each one switched off, or on; a table of differences.
 
     python records/ablation/ablate.py [--preset tiny] [--steps 80] [--seeds 3] [--out FOLDER]
     python records/ablation/ablate.py --only no_mudd --only no_xsa     these alone, and the preset
     python records/ablation/ablate.py --table                          from the logs there are
 
-Each variant is one flag of train_gpt.py. Runs that differ only in it share their seeds, so the
-table gives the mean of the paired differences with a 95 % interval of Student's t. Runs of
-different sources, or whose settings differ in more than that, are not compared but named. The time
-of a step is that of the quickest quarter of the steps of the quickest run. A run whose log is
-complete is not run again: stop it and start it again as you like.
+Each variant is the preset but for one technique: without it, or with one that the preset leaves
+out. Runs that differ only in it share their seeds, so the table gives the mean of the paired
+differences with a 95 % interval of Student's t. Runs of different sources, or whose settings differ
+in more than that, are not compared but named. The time of a step is that of the quickest quarter of
+the steps of the quickest run. A run whose log is complete is not run again: stop it and start it
+again as you like.
 """
 
 import sys
@@ -43,37 +44,62 @@ TECHNIQUES = {
     for f in dataclasses.fields(owner)
     if f.type is bool and f.name not in NO_TECHNIQUES
 }
+# Techniques that have nothing to do in a preset: whose windows do not grow there, whose bytes have no prefixes.
+IDLE = {"tiny": {"extension_windows", "long_validation", "prefix_tokens"}}
+# What presets leave out, by the options that add it. Steps are those of the whole schedule, and shrink with it.
+ADDED = {
+    "gates": ("gates that small networks make", {"gates": True, "dc": False}),
+    "dc": ("those gates, and dynamically composed heads", {"gates": True}),
+    "multi_token": (TECHNIQUES["multi_token"], {"multi_token": True}),
+    "narrow_qk": (TECHNIQUES["narrow_qk"], {"narrow_qk": True}),
+    "six_polar_steps": ("six flatter steps of Polar Express", {"polar_steps": 6}),
+    "rare_tables": ("embedding tables in every second Adam update", {"tables_every": 2}),
+    "slow_momentum": ("a second, slower momentum", {"slow_momentum": 0.97}),
+    "average": ("weights halfway to their mean at the end", {"average_steps": 60}),
+}
 # Switches that older sources carried out in the tables of stages, before these were logged.
 IN_TABLES = {"length_schedule", "multi_token", "extension_windows"}
 
 
 class Variant(NamedTuple):
-    lacks: str  # in words
-    switches: list[str]  # names of the settings that are false
+    change: str  # in words
+    settings: dict[str, object]  # that it changes
 
     @property
     def options(self) -> list[str]:
-        return [word for name in self.switches for word in (f"--{name.replace('_', '-')}", "false")]
+        words = []
+        for name, value in self.settings.items():
+            words += [f"--{name.replace('_', '-')}", str(value).lower()]
+        return words
 
     @property
     def own(self) -> set[str]:
         """The names of the settings in which its runs may differ from the base's."""
-        names = {"seed", "run_id", *self.switches}
+        names = {"seed", "run_id", *self.settings}
         if IN_TABLES & names:
             names |= {"stages", "extension"}
         return names
 
+    def differs(self, preset: train_gpt.Settings) -> bool:
+        """Whether it is another experiment than the preset; the preset's own variant is none."""
+        values = {**vars(preset.model), **vars(preset)}
+        changed = {name for name, value in self.settings.items() if values[name] != value}
+        return bool(changed - IDLE.get(preset.preset, set()))
+
 
 def variants() -> dict[str, Variant]:
-    """All variants by name, of which the first, BASE, lacks nothing."""
-    each = {}
+    """All variants by name, of which the first, BASE, is the preset."""
+    without, added = {}, {}
     for name, text in TECHNIQUES.items():
-        each[f"no_{name}"] = Variant(text.split(" [")[0], [name])
+        without[f"no_{name}"] = Variant(f"without {text.split(' [')[0]}", {name: False})
+    for name, (text, settings) in ADDED.items():
+        added[f"with_{name}"] = Variant(f"with {text.split(' [')[0]}", settings)
     return {
-        BASE: Variant("nothing: the preset", []),
-        **each,
-        "plain": Variant("every technique above", list(TECHNIQUES)),
-        "adam": Variant("NorMuon: Adam in its place", ["muon"]),
+        BASE: Variant("none: the preset", {}),
+        **without,
+        "plain": Variant("without every technique above", dict.fromkeys(TECHNIQUES, False)),
+        "adam": Variant("Adam in NorMuon's place", {"muon": False}),
+        **added,
     }
 
 
@@ -152,7 +178,7 @@ def table(out: Path, chosen: dict[str, Variant], seeds: int) -> str:
         raise command.UserError(f"{out}: no complete log of the preset, {BASE}-1.txt: {remedy}")
     check_pairs(runs, chosen)
     lines = [
-        "| without | option | runs | loss | difference of loss | time a step, ratio |",
+        "| change | option | runs | loss | difference of loss | time a step, ratio |",
         "|---|---|---|---|---|---|",
     ]
     base_time = quickest(base)
@@ -166,10 +192,10 @@ def table(out: Path, chosen: dict[str, Variant], seeds: int) -> str:
             pairs = [run.val_loss - base[seed].val_loss for seed, run in own.items()]
             difference = interval(pairs, "+.4f")
         option = "all of these"
-        if len(variant.switches) <= 1:
+        if len(variant.settings) <= 2:
             option = " ".join(variant.options)
         ratio = quickest(own) / base_time
-        row = f"| {variant.lacks} | `{option}` | {len(own)} | {loss:.4f} | {difference} |"
+        row = f"| {variant.change} | `{option}` | {len(own)} | {loss:.4f} | {difference} |"
         lines.append(row.replace("| `` |", "| |") + f" {ratio:.2f} |")
     return "\n".join(lines) + "\n"
 
@@ -209,7 +235,8 @@ def main() -> None:
         check_going_on(finished_runs(out, chosen, seeds), preset, steps)
         # Seeds outside, so that variants are compared under the same weather, and a run of this
         # program that is cut off has whole rows.
-        runs = [(seed, name) for seed in range(1, seeds + 1) for name in chosen]
+        wanted = [BASE, *(name for name in chosen if chosen[name].differs(train_gpt.PRESETS[preset]))]
+        runs = [(seed, name) for seed in range(1, seeds + 1) for name in wanted]
         for seed, name in tqdm(runs, "runs", disable=None):
             path = log_path(out, name, seed)
             if not finished(path):

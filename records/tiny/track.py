@@ -41,7 +41,7 @@ CONTEXT = 256
 TECHNIQUES = [f"--{name.replace('_', '-')}" for name in (
     "smear", "bigram", "value_embeds", "skip", "mudd", "single_input",
     "yarn", "multi_token", "prefix_tokens", "length_schedule", "extension_windows", "long_validation",
-    "paired_heads", "key_offset", "xsa", "attention_gate", "head_pairs", "gates", "dc",
+    "paired_heads", "narrow_qk", "key_offset", "xsa", "attention_gate", "head_pairs", "gates", "dc",
 )]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from test_command_line import MAIN, RECIPE
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("compiled")
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = torch.device("cuda")
 
@@ -82,20 +83,3 @@ def test_a_step_does_not_wait_for_the_device_and_compiles_nothing():
                 torch.cuda.set_sync_debug_mode("default")
     assert train_gpt.elapsed(begin, end) > 0
     assert all(pair.is_pinned() and np.isfinite(pair[0].item()) for pair in losses)
-
-
-def test_flex_attention_is_the_banded_attention():
-    torch.manual_seed(0)
-    docs = (torch.rand(1000, device=CUDA) < 0.01).long().cumsum(0)
-    q, k, v = (torch.randn(1000, 2, 64, device=CUDA, requires_grad=True) for _ in range(3))
-    scale, upstream = torch.tensor(0.12, device=CUDA), torch.randn(1000, 2, 64, device=CUDA)
-    for window in 64, 300:
-        results = []
-        for mask in (
-            train_gpt.block_mask(docs, torch.tensor(window, device=CUDA)),
-            train_gpt.banded_mask(docs, window),
-        ):
-            y = train_gpt.attend(q, k, v, mask, scale)
-            results.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
-        for one, other in zip(*results):
-            torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)

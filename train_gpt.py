@@ -1906,6 +1906,7 @@ class GPT(nn.Module):
         self.config = config
         self.rows = config.rows
         self.attending = config.layers_with("attention")
+        self.qk_banks = qk_banks(config)
         self.gate_networks = gate_networks(config)
         self.kernels = kernels
         self.fp8 = fp8
@@ -2164,7 +2165,7 @@ class GPT(nn.Module):
         qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
         out_lambdas = self.out_lambdas.to(dtype)[:, None, None]
         qk = {}
-        for name, (those, _) in qk_banks(self.config).items():
+        for name, (those, _) in self.qk_banks.items():
             if those:
                 bank = getattr(self, name)[: self.table[name].shape[0]]  # without its padding
                 lambdas = torch.stack([qkv_lambdas[attending.index(layer)] for layer in those])

@@ -65,7 +65,7 @@ Tensor alias(const Tensor& tensor, Device device) {
   Tensor out = detail::make_tensor<TensorImpl>(std::move(same), keys, tensor.dtype());
   auto* impl = out.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-  impl->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
   return out;
 }
 

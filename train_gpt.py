@@ -777,6 +777,14 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 # Kernels compute in float32 and round once.
 
 
+def copy_of(body: Callable) -> Callable:
+    """A copy of a function, which gets graphs of its own: torch.compile keeps them by code object."""
+    code = body.__code__.replace()  # an equal one, but another
+    copy = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__)
+    copy.__kwdefaults__ = body.__kwdefaults__
+    return copy
+
+
 def region(body: Callable) -> Callable:
     """Compiles a function of the model by itself, for the CPU and for validation.
 
@@ -791,10 +799,7 @@ def region(body: Callable) -> Callable:
 
     @functools.cache
     def compiled_copy(length: int, *options) -> Callable:
-        code = body.__code__.replace()  # an equal code object, but another one
-        copy = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__)
-        copy.__kwdefaults__ = body.__kwdefaults__
-        return torch.compile(copy, dynamic=False)
+        return torch.compile(copy_of(body), dynamic=False)
 
     @functools.wraps(body)
     def call(x: Tensor, *inputs, **options):
@@ -1081,60 +1086,91 @@ def token_losses(
     return losses
 
 
+# What a GPU has instructions for and Triton no expression. The kernel is bound by its instructions: by
+# a sigmoid of exp and division it takes twice as long. Triton's interpreter cannot run them: tests put
+# their plain meaning in their place.
+
+
+@jit
+def tanh(x):
+    """tanh(x), to 11 bits."""
+    asm: constexpr = "tanh.approx.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def exp2(x):
+    """2^x, to 22 bits."""
+    asm: constexpr = "ex2.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def to_bf16(x):
+    """x in bf16, rounded to nearest, two at a time."""
+    asm: constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2)
+
+
 @jit
 def cap_sigmoid(logits, SHIFT: constexpr, WIDTH: constexpr):
-    """sigmoid((logits + SHIFT) / WIDTH) in float32, rounded to the logits' type."""
-    sigmoid = tl.sigmoid((logits.to(tl.float32) + SHIFT) / WIDTH)
-    return sigmoid.to(logits.dtype).to(tl.float32)
+    """sigmoid((logits + SHIFT) / WIDTH) in float32, rounded to bf16: 1/2 + 1/2 tanh of the half."""
+    half = logits.to(tl.float32) * (0.5 / WIDTH) + 0.5 * SHIFT / WIDTH
+    return to_bf16(0.5 + 0.5 * tanh(half)).to(tl.float32)
 
 
 @jit
 def loss_kernel(
     logits, targets, weights, prefix_of, prefix_weight, losses, grads, tokens, vocab, scale,
-    CAP: constexpr, SHIFT: constexpr, WIDTH: constexpr, NEXT: constexpr, BLOCK: constexpr,
+    CAP: constexpr, SHIFT: constexpr, WIDTH: constexpr, NEXT: constexpr, MOST: constexpr,
+    BLOCK: constexpr,
 ):
     """A row's loss, and the gradient of the sum of losses by its logits, divided by `scale`."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
     grads += row * vocab
+    # e^z is 2^(BASE2 s) of the sigmoid s.
+    BASE2: constexpr = CAP * 1.4426950408889634
     # Once over the row for the normalizer.
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0), SHIFT, WIDTH)
+        s = cap_sigmoid(tl.load(logits + columns, columns < vocab, float("-inf")), SHIFT, WIDTH)
         # At most exp(CAP), so that no maximum has to be found first.
-        sums += tl.where(columns < vocab, tl.exp(CAP * s), 0)
-    total = tl.sum(sums)
-    # The loss, of the few columns that are targets.
-    weight_sum = 0.0
-    loss = 0.0
-    for k in tl.static_range(NEXT):
-        there = row + k < tokens
-        weight = tl.load(weights + k)
-        weight_sum += weight
-        target = tl.load(targets + row + k, there, 0)
-        z = CAP * cap_sigmoid(tl.load(logits + target), SHIFT, WIDTH)
-        loss -= tl.where(there, weight * z, 0)
+        sums += exp2(BASE2 * s)
+    # Each column past the end has added exp(0).
+    total = tl.sum(sums) - (tl.cdiv(vocab, BLOCK) * BLOCK - vocab)
+
+    # The targets: the next ones, and the prefix of the first of them.
+    k = tl.arange(0, MOST)
+    there = (k < NEXT) & (row + k < tokens)
+    target = tl.load(targets + row + k, there, 0)
+    weight = tl.load(weights + k, k < NEXT, 0)
     if prefix_of is not None:
         prefix = tl.load(prefix_of + tl.load(targets + row))
-        weight = tl.where(prefix >= 0, tl.load(prefix_weight), 0)
-        weight_sum += weight
-        z = CAP * cap_sigmoid(tl.load(logits + prefix, prefix >= 0, 0), SHIFT, WIDTH)
-        loss -= weight * z
-    tl.store(losses + row, loss + weight_sum * tl.log(total))
+        is_prefix = (k == NEXT) & (prefix >= 0)
+        target = tl.where(is_prefix, prefix, target)
+        weight = tl.where(is_prefix, tl.load(prefix_weight), weight)
+        there = there | is_prefix
+    weight_sum = tl.sum(weight)
+    weight = tl.where(there, weight, 0)
+    s_target = cap_sigmoid(tl.load(logits + target, there, 0), SHIFT, WIDTH)
+    tl.store(losses + row, weight_sum * tl.log(total) - tl.sum(weight * CAP * s_target))
+
     # And once more for the gradient: of the softmax, less the targets, through the softcap.
+    share = weight_sum / total
+    slope = CAP / WIDTH / scale
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s = cap_sigmoid(tl.load(logits + columns, columns < vocab, 0), SHIFT, WIDTH)
-        grad = weight_sum * (tl.exp(CAP * s) / total)
-        for k in tl.static_range(NEXT):
-            target = tl.load(targets + row + k, row + k < tokens, -1)
-            grad -= tl.where(columns == target, tl.load(weights + k), 0)
-        if prefix_of is not None:
-            if (start <= prefix) & (prefix < start + BLOCK):  # in one block of a row at most
-                grad -= tl.where(columns == prefix, tl.load(prefix_weight), 0)
-        grad *= CAP / WIDTH * s * (1 - s) / scale
+        grad = share * slope * exp2(BASE2 * s) * (s - s * s)
         tl.store(grads + columns, grad.to(grads.dtype.element_ty), columns < vocab)
+    # The targets' columns, which have more, are stored anew, those that coincide alike.
+    same = target[:, None] == target
+    less = tl.sum(tl.where(same, weight, 0), 1)
+    grad = slope * (share * exp2(BASE2 * s_target) - less) * (s_target - s_target * s_target)
+    tl.debug_barrier()  # other threads have stored them without
+    tl.store(grads + target, grad.to(grads.dtype.element_ty), there)
 
 
 @library.custom_op("train_gpt::loss", mutates_args=())
@@ -1152,7 +1188,7 @@ def loss_op(
     loss_kernel[(tokens,)](
         logits, targets, weights, prefix_of, prefix_weight, losses, grads, tokens, vocab,
         LOGIT_GRAD_SCALE if fp8 else 1.0, CAP=CAP, SHIFT=CAP_SHIFT, WIDTH=CAP_WIDTH,
-        NEXT=len(weights), BLOCK=4096, num_warps=8,
+        NEXT=len(weights), MOST=triton.next_power_of_2(len(weights) + 1), BLOCK=4096, num_warps=8,
     )
     return losses, grads
 
@@ -2219,16 +2255,14 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@torch.compile(dynamic=True, fullgraph=True)
 def adam_update(
     p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, decay: Tensor,
     beta1: Tensor, beta2: Tensor, bias1: Tensor, bias2: Tensor,
 ) -> None:
     """One step of Adam with cautious weight decay [50], in place.
 
-    The tensors are flat, so that one graph serves them all; the numbers from `lr` on are 0-d
-    tensors, because another value of a plain number would be another graph. `decay` is
-    lr^2 * weight decay; bias1 and bias2 are 1 - beta^t.
+    The numbers from `lr` on are 0-d tensors, because another value of a plain number would be
+    another graph. `decay` is lr^2 * weight decay; bias1 and bias2 are 1 - beta^t.
     """
     grad = grad.float()
     value = p.float()
@@ -2239,6 +2273,16 @@ def adam_update(
     # gradient has an update of 0, and so keeps its start; hence > where NorMuon has >=.
     decays = update * value > 0
     p.copy_(value - update - decay * value * decays)
+
+
+@functools.cache
+def compiled_adam(large: bool) -> Callable:
+    """`adam_update` for flat tensors of any length, so that one graph serves them all.
+
+    The first tensor decides how large the blocks of a GPU's kernel are, so large ones have a graph
+    of their own: blocks for a gate's twelve numbers would be 16 numbers each.
+    """
+    return torch.compile(copy_of(adam_update), dynamic=True, fullgraph=True)
 
 
 @torch.compile(dynamic=False, fullgraph=True)
@@ -2552,7 +2596,8 @@ class Optimizer:
             lr = settings.adam_lr * hyper.lr * row.lr
             beta1, beta2 = row.betas
             self.updates[name] += 1
-            adam_update(
+            adam = compiled_adam(part.is_cuda and part.numel() > 2**14)
+            adam(
                 part.view(-1), grad.view(-1), state["exp_avg"].view(-1),
                 state["exp_avg_sq"].view(-1), lr=torch.tensor(lr),
                 decay=torch.tensor(lr**2 * settings.adam_wd * row.wd),

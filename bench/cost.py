@@ -80,8 +80,10 @@ def shape_of(tensor) -> tuple[int, ...]:
 
 def elements_touched(dependency, buffer) -> int:
     """Of a buffer, by a read or write in a loop: as many as its index takes values, at most all."""
+    from torch._inductor.dependencies import MemoryDep
+
     whole = size_of(buffer.get_size())
-    if not hasattr(dependency, "index"):
+    if not isinstance(dependency, MemoryDep):
         return whole
     used = dependency.index.free_symbols
     looked_up = any(str(symbol).startswith(("tmp", "indirect")) for symbol in used)
@@ -103,9 +105,9 @@ def fused_traffic(node, graph) -> tuple[int, list[tuple[int, ...]]]:
     buffers = {}
 
     def touch(how: str, dependency, name: str) -> None:
+        name = graph.scheduler.mutation_real_name.get(name, name)
         buffers[name] = graph.get_buffer(name) if name not in graph.graph_inputs else graph.graph_inputs[name]
-        index = str(getattr(dependency, "index", ""))
-        touched.setdefault((name, how), {})[index] = elements_touched(dependency, buffers[name])
+        touched.setdefault((name, how), {})[str(dependency)] = elements_touched(dependency, buffers[name])
 
     for leaf in leaves:
         for dependency in leaf.read_writes.reads:
@@ -150,11 +152,11 @@ def functions_of(origins) -> Counter:
 
 
 def extern_call(node):
-    """The call of the graph that a kernel from a library computes."""
-    origins = [origin for origin in node.get_origins() if origin.op == "call_function"]
-    wanted = str(getattr(node, "op_overload", "") or "")
-    exact = [origin for origin in origins if str(origin.target) == wanted]
-    return (exact or origins)[-1]
+    """The call of the graph that a kernel from a library computes; other calls have become part of its inputs."""
+    calls = [origin for origin in node.get_origins() if origin.op == "call_function"]
+    of_its_name = [call for call in calls if call.target is getattr(node, "op_overload", None)]
+    products = [call for call in calls if product_flops(call)[0]]
+    return (of_its_name or products or calls)[-1]
 
 
 def kernels_of(scheduler, graph, config) -> Iterator[Kernel]:

@@ -152,7 +152,6 @@ def prepare_interpreter() -> None:
     triton.knobs.compilation.front_end_debugging = True  # an error in a kernel comes with its own traceback
     run_on_the_devices_memory(interpreter)
     call_as_functions(interpreter, tl)
-    type_comparisons(interpreter, tl)
     reduce_and_scan_by_slices(interpreter)
     compute_libdevice(interpreter, tl)
 
@@ -169,18 +168,6 @@ def call_as_functions(interpreter, tl) -> None:
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
-
-
-def type_comparisons(interpreter, tl) -> None:
-    """A comparison is of type int1; the interpreter calls it that of what is compared."""
-    builder = interpreter.InterpreterBuilder
-
-    def typed(compare):
-        return lambda self, a, b: interpreter.TensorHandle(compare(self, a, b).data, tl.int1)
-
-    for name in list(vars(builder)):
-        if name.startswith(("create_icmp", "create_fcmp")):
-            setattr(builder, name, typed(getattr(builder, name)))
 
 
 def reduce_and_scan_by_slices(interpreter) -> None:

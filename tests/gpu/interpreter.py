@@ -1,13 +1,17 @@
-"""Makes Triton's interpreter compute as a GPU does, where it does not: bf16 products, and roundings to bf16 and FP8.
+"""Makes Triton's interpreter compute as a GPU does, where it does not: bf16 products, roundings, a GPU's instructions.
 
-Its bf16 product multiplies bit patterns, float32 to bf16 truncates, and casts to FP8 round wrongly. `patch` has PyTorch
-do these. To be imported in a process that was started with TRITON_INTERPRET=1.
+Its bf16 product multiplies bit patterns, float32 to bf16 truncates, casts to FP8 round wrongly, and comparisons have the
+type of what they compare. `patch` has PyTorch do these, and puts plain expressions in the place of the instructions that train_gpt.py names: they are what these
+approximate. To be imported in a process that was started with TRITON_INTERPRET=1.
 """
 
 import numpy as np
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+import train_gpt
 
 TYPES = {
     tl.float32: (torch.float32, np.float32),
@@ -25,7 +29,23 @@ def convert(data: np.ndarray, source, target) -> np.ndarray:
     return given.to(kind).view(getattr(torch, np.dtype(bits).name)).numpy()
 
 
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def exp2(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def to_bf16(x):
+    return x.to(tl.bfloat16)
+
+
 def patch() -> None:
+    train_gpt.tanh, train_gpt.exp2, train_gpt.to_bf16 = tanh, exp2, to_bf16
     builder = interpreter.InterpreterBuilder
     plain_cast = builder.cast_impl
 
@@ -39,6 +59,12 @@ def patch() -> None:
         a, b = (convert(each.data, each.dtype.scalar, tl.float32) for each in (a, b))
         return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
 
+    def typed(compare):
+        return lambda self, a, b: interpreter.TensorHandle(compare(self, a, b).data, tl.int1)
+
+    for name in list(vars(builder)):
+        if name.startswith(("create_icmp", "create_fcmp")):
+            setattr(builder, name, typed(getattr(builder, name)))
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, cast, dot
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast)

@@ -20,7 +20,8 @@ CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 TINY = replace(recipe.TINY, model=replace(train_gpt.PRESETS["tiny"].model, gates=True))
 # Relative errors of gradients and updates: of banks and tables, and of what has few numbers. A bf16 has 8 bits, so that
-# one part in 256 is lost at each rounding; where the CPU's bf16 is farther from float32, twice as far is allowed.
+# one part in 256 is lost at each rounding; where the CPU's bf16 is farther from float32, as it is with sums in which much
+# cancels, twice as far is allowed.
 LARGE, SMALL = 2.5e-2, 3e-2
 
 
@@ -120,10 +121,24 @@ def loss_and_gradients(model, objective, inputs, targets):
     return loss.item() / len(inputs), dict(zip(names, torch.autograd.grad(loss, parameters)))
 
 
+def errors_of_cpu(model, inputs, targets) -> dict[str, float]:
+    """Of each gradient in bf16 on the CPU, the largest of four models that differ by a rounding: one may be lucky."""
+    errors = {}
+    for _ in range(4):
+        nearly = copy.deepcopy(model)
+        for p in nearly.parameters():
+            p.data *= 1 + 2**-9 * torch.randn_like(p)
+        exact = copy.deepcopy(nearly).float()
+        (_, want), (_, got) = (loss_and_gradients(each, each, inputs, targets) for each in (exact, nearly))
+        for name in want:
+            errors[name] = max(errors.get(name, 0), error(got[name], want[name]))
+    return errors
+
+
 @pytest.mark.parametrize(
     ("options", "large"),
     [
-        ({}, LARGE),
+        pytest.param({}, LARGE, marks=pytest.mark.slow),
         ({"kernels": True}, LARGE),
         pytest.param({"kernels": True, "fp8": True}, 0.1, marks=pytest.mark.slow),
     ],
@@ -135,7 +150,7 @@ def test_loss_and_gradients_of_training_are_the_cpus(options, large):
     with torch.compiler.set_stance("force_eager"):
         exact = copy.deepcopy(model).float()
         loss, want = loss_and_gradients(exact, exact, inputs, targets)
-        _, low = loss_and_gradients(model, model, inputs, targets)
+        errors = errors_of_cpu(model, inputs, targets)
     gpu = on_gpu(model, **options)
     gpu.quantize_weights()
     got_loss, got = loss_and_gradients(gpu, torch.compile(gpu, dynamic=False, fullgraph=True), inputs, targets)
@@ -143,7 +158,7 @@ def test_loss_and_gradients_of_training_are_the_cpus(options, large):
     for name, grad in got.items():
         bound = large
         if model.table[name].kind not in ("bank", "table"):
-            bound = max(SMALL, large, 2 * error(low[name], want[name]))
+            bound = max(SMALL, large, 2 * errors[name])
         assert error(grad, want[name]) < bound, name
 
 
@@ -168,7 +183,7 @@ def updates(model, gradients) -> dict[str, torch.Tensor]:
     begin = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step, gradient in zip((0, 1, 241), gradients):
         for name, p in model.named_parameters():
-            grad = gradient[name].to(p.device, p.dtype)
+            grad = gradient[name].clone().to(p.device, p.dtype)  # tied, the head's takes in embed's
             p.grad = grad if p.grad is None else p.grad + grad
         optimizer.step(train_gpt.schedule(TINY, step))
     changes = {}
@@ -186,7 +201,7 @@ def updates(model, gradients) -> dict[str, torch.Tensor]:
 def test_updates_of_both_optimizers_over_the_untying_are_the_cpus():
     config = replace(TINY.model, dim=128, heads=2, bigram_rows=1)
     model = random_model(config)
-    exact, gpu = copy.deepcopy(model).float(), on_gpu(model, kernels=True)
+    exact, gpu = copy.deepcopy(model).float(), on_gpu(model)
     gradients = [{name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()} for _ in range(3)]
     with torch.compiler.set_stance("force_eager"):
         want, low = updates(exact, gradients), updates(model, gradients)

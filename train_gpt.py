@@ -398,10 +398,10 @@ RECORD = Settings(
 )
 PRESETS = {
     "record": RECORD,
-    # The project's candidate for the next record, not yet run: cheaper steps, as many. records/next.md
-    # has what it should take, and what speaks for each of its parts.
+    # The project's candidate for the next record: as many steps, and cheaper ones. No GPU has run
+    # it; records/next.md has what it should take, and what speaks for each of its parts.
     "next": replace(
-        RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), tables_every=2
+        RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
     ),
     "tiny": Settings(
         preset="tiny",
@@ -778,7 +778,7 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 
 def copy_of(body: Callable) -> Callable:
-    """A copy of a function, which gets graphs of its own: torch.compile keeps them by code object."""
+    """A copy of a function, with graphs of its own, which torch.compile keeps by code object."""
     code = body.__code__.replace()  # an equal one, but another
     copy = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__)
     copy.__kwdefaults__ = body.__kwdefaults__
@@ -1086,9 +1086,9 @@ def token_losses(
     return losses
 
 
-# What a GPU has instructions for and Triton no expression. The kernel is bound by its instructions: by
-# a sigmoid of exp and division it takes twice as long. Triton's interpreter cannot run them: tests put
-# their plain meaning in their place.
+# What a GPU has instructions for and Triton no expression. The kernel is bound by instructions, not
+# by memory: with a sigmoid of exp and division it has three times as many. Triton's interpreter
+# cannot run these: tests put their plain meaning in their place.
 
 
 @jit
@@ -1198,6 +1198,69 @@ def loss_outputs(logits, targets, weights, fp8, prefix_of=None, prefix_weight=No
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     grads = torch.empty_like(logits, dtype=torch.float8_e5m2 if fp8 else logits.dtype)
     return losses, grads
+
+
+# --- Gradients of the embedding tables. Tokens look up few of a table's rows, but PyTorch's
+# gradient has them all: it is filled with zeros, rounded, and added to that of the step before,
+# which takes a tenth of a step. Here each slice adds to the rows that it looked up, in place.
+
+
+@jit
+def add_rows_kernel(
+    out, rows, order, values, count, dim, ROWS: constexpr, COLUMNS: constexpr
+):
+    """out[row] += the sum of values[order[i]] over all i with rows[i] == row; `rows` is sorted.
+
+    The program of a row's first i sums up all of them.
+    """
+    i = tl.program_id(0)
+    row = tl.load(rows + i)
+    if tl.load(rows + i - 1, i > 0, -1) == row:
+        return
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    while tl.load(rows + i, i < count, -1) == row:
+        places = i + tl.arange(0, ROWS)
+        mine = tl.load(rows + places, places < count, -1) == row
+        value_rows = tl.load(order + places, mine, 0)
+        mask = mine[:, None] & (columns < dim)
+        value = tl.load(values + value_rows[:, None] * dim + columns, mask, 0)
+        total += tl.sum(value.to(tl.float32), 0)
+        i += ROWS
+    out += row * dim + columns
+    total += tl.load(out, columns < dim, 0).to(tl.float32)
+    tl.store(out, total.to(out.dtype.element_ty), columns < dim)
+
+
+@library.custom_op("train_gpt::add_rows", mutates_args=("out",))
+def add_rows(out: Tensor, rows: Tensor, values: Tensor) -> None:
+    """out[rows[i]] += values[i] for all i: out (n, dim), rows (T,), values (T, dim), on a GPU."""
+    rows, order = rows.long().sort()
+    count, dim = values.shape
+    grid = (count, triton.cdiv(dim, 256))
+    add_rows_kernel[grid](out, rows, order, values.contiguous(), count, dim, ROWS=32, COLUMNS=256)
+
+
+class LookUp(torch.autograd.Function):
+    """table[rows], whose gradient by the table is added to `grad`, in place."""
+
+    @staticmethod
+    def forward(ctx, table, rows, grad):
+        ctx.save_for_backward(rows, grad)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, values):
+        rows, grad = ctx.saved_tensors
+        add_rows(grad, rows.flatten(), values.flatten(0, -2))
+        return None, None, None
+
+
+def look_up(table: Tensor, rows: Tensor, grad: Tensor | None) -> Tensor:
+    """table[rows]; with the kernels `grad` is where the gradient by the table goes."""
+    if grad is None:
+        return F.embedding(rows, table)
+    return LookUp.apply(table, rows, grad)
 
 
 # --- Transposes, for embed and lm_head while they are tied, and for FP8 matmuls.
@@ -1773,6 +1836,7 @@ def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
 def begin_stream(
     x: Tensor, tokens: Tensor, begins: Tensor, smear_gate: Tensor | None,
     smear_lambda: Tensor | None, bigram_table: Tensor | None, bigram_signs: Tensor | None,
+    bigram_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x0 (T, D) and the bigram embedding (T, channels), from the tokens' embeddings x (T, D)."""
     if smear_gate is not None:
@@ -1787,8 +1851,8 @@ def begin_stream(
     # tell those apart that differ in it [83].
     sign_rows = (previous(tokens, begins) ^ tokens) % len(bigram_signs)
     signs = F.embedding(sign_rows, bigram_signs)
-    bigram = F.embedding(bigram_hash(tokens, begins, len(bigram_table)), bigram_table) * signs
-    return x0, bigram
+    rows = bigram_hash(tokens, begins, len(bigram_table))
+    return x0, look_up(bigram_table, rows, bigram_grad) * signs
 
 
 @region
@@ -1926,6 +1990,9 @@ def mudd_after(
     return x + c.source_3 * source_3
 
 
+LOOKED_UP = ("embed", "value_embeds", "bigram_table")  # the tables whose rows tokens look up
+
+
 class GPT(nn.Module):
     """The model of `config`, its matrices in `dtype`.
 
@@ -1967,6 +2034,12 @@ class GPT(nn.Module):
             signs = torch.randint(2, (8192, config.bigram_dim), generator=generator, device="cpu")
             signs = (2 * signs - 1).to(dtype)
         self.register_buffer("bigram_signs", signs)
+        # With the kernels, where gradients by the tables that tokens look up gather; see `look_up`.
+        for name in LOOKED_UP:
+            grad = None
+            if kernels and made.get(name) is not None:
+                grad = torch.zeros_like(made[name])
+            self.register_buffer(f"{name}_grad", grad, persistent=False)
         if fp8:  # see `mlp8`
             count, dim = len(self.rows), config.dim
             e4m3 = torch.float8_e4m3fn
@@ -1997,6 +2070,18 @@ class GPT(nn.Module):
         for rows, row_targets in zip(x.split(VAL_CHUNK), targets.split(VAL_CHUNK)):
             losses.append(token_losses(rows, self.lm_head, row_targets, weight, torch.float32))
         return torch.cat(losses)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """What has gathered for a parameter since its last update."""
+        grad = getattr(self, f"{name}_grad", None)
+        return self.get_parameter(name).grad if grad is None else grad
+
+    def clear_gradient(self, name: str) -> None:
+        """Begins a parameter's gradient anew."""
+        self.get_parameter(name).grad = None
+        grad = getattr(self, f"{name}_grad", None)
+        if grad is not None:
+            grad.zero_()
 
     @property
     def mlp8(self) -> MLP8:
@@ -2046,9 +2131,11 @@ class GPT(nn.Module):
         mudd_before_weights, mudd_after_weights = self.mudd_weights()
         gates = self.gates()
 
-        x = F.embedding(inputs, self.embed)
-        smear = self.smear_gate, self.smear_lambda
-        x0, bigram = begin_stream(x, inputs, begins, *smear, self.bigram_table, self.bigram_signs)
+        x = look_up(self.embed, inputs, self.embed_grad)
+        x0, bigram = begin_stream(
+            x, inputs, begins, self.smear_gate, self.smear_lambda, self.bigram_table,
+            self.bigram_signs, self.bigram_table_grad,
+        )
         x = start = x0
         after = {}  # the residual stream after each layer that something later reads
         mudd_sources = None
@@ -2126,8 +2213,8 @@ class GPT(nn.Module):
             return {}
         vocab = self.config.padded_vocab
         first_rows = torch.arange(0, len(self.value_embeds), vocab, device=inputs.device)
-        rows = F.embedding(inputs + first_rows[:, None], self.value_embeds)  # (tables, T, D)
-        return dict(enumerate(rows.unbind()))
+        rows = look_up(self.value_embeds, inputs + first_rows[:, None], self.value_embeds_grad)
+        return dict(enumerate(rows.unbind()))  # (tables, T, D) apart
 
     def add_skip(self, x: Tensor, x0: Tensor, earlier: Tensor, made: Tensor | None) -> Tensor:
         """x and an earlier residual stream, through a gate [55]: `made` (T, 1), or one of x0."""
@@ -2397,8 +2484,6 @@ class Optimizer:
         self.banks = self.names_of("bank")
         self.tables = self.names_of("table")
         self.small = self.names_of("gate", "scalar")
-        # Of the tables all but the head are embeddings, whose rows tokens look up.
-        self.embeddings = [name for name in self.tables if name != "lm_head"]
         # The parameters that NorMuon updates, and those of which each rank updates a part.
         self.muon = self.banks if settings.muon else []
         self.sharded = self.banks + self.tables if world_size > 1 else []
@@ -2460,7 +2545,7 @@ class Optimizer:
         """Reduces the gradients that this step uses, updates, and clears them."""
         due = set(self.params) if hyper.adam else set(self.muon)
         if not hyper.tables:
-            due -= set(self.embeddings)
+            due -= set(LOOKED_UP)
         merge = hyper.adam and self.tied
         if merge:
             self.merge_tied_gradients()
@@ -2483,7 +2568,7 @@ class Optimizer:
             if name in due:
                 grad = self.finish_reduction(reductions.pop(name))
                 self.update(name, grad, hyper)
-                self.params[name].grad = None
+                self.model.clear_gradient(name)
                 gathers += self.launch_gather(name)
         # Phase 3: wait for the new values.
         for work in gathers:
@@ -2496,9 +2581,9 @@ class Optimizer:
 
     def merge_tied_gradients(self) -> None:
         """While embed is the head's transpose, its gradient belongs to the head."""
-        head, embed = self.params["lm_head"], self.params["embed"]
-        transpose_into(head.grad, embed.grad, add=True, kernels=self.kernels)
-        embed.grad = None
+        head, embed = self.model.gradient("lm_head"), self.model.gradient("embed")
+        transpose_into(head, embed, add=True, kernels=self.kernels)
+        self.model.clear_gradient("embed")
 
     def copy_head_to_embed(self, with_state: bool) -> None:
         """embed becomes the head's transpose; at the untying it takes its state, too [51, 53]."""
@@ -2512,17 +2597,17 @@ class Optimizer:
 
     def launch_reduction(self, name: str) -> Reduction:
         """Sends a gradient on its way to its mean over the ranks."""
-        p = self.params[name]
+        grad = self.model.gradient(name)
         if self.world_size == 1:
-            return Reduction([], p.grad)
+            return Reduction([], grad)
         if name == "bigram_table" and self.sparse:
-            return self.launch_exchange_of_rows(p.grad)
+            return self.launch_exchange_of_rows(grad)
         if name in self.sharded:
-            part = torch.empty_like(self.share(name, p.data))
-            work = reduce_scatter(part, p.grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+            part = torch.empty_like(self.share(name, grad))
+            work = reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
             return Reduction([work], part)
-        work = dist.all_reduce(p.grad, op=dist.ReduceOp.AVG, async_op=True)
-        return Reduction([work], p.grad)
+        work = dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
+        return Reduction([work], grad)
 
     def finish_reduction(self, reduction: Reduction) -> Tensor:
         """Waits for it; returns this rank's part of the mean gradient."""
@@ -2620,9 +2705,10 @@ class Optimizer:
         for name, state in self.state.items():
             states[name] = {key: keep(self.gather(name, part)) for key, part in state.items()}
         grads = {}
-        for name, p in self.params.items():
-            if p.grad is not None:
-                grad = p.grad.clone()
+        for name in self.params:
+            grad = self.model.gradient(name)
+            if grad is not None:
+                grad = grad.clone()
                 if self.world_size > 1:
                     dist.all_reduce(grad, op=dist.ReduceOp.AVG)
                 grads[name] = keep(grad)
@@ -2653,7 +2739,11 @@ class Optimizer:
                 part.copy_(self.share(name, whole))
             if name in grads:
                 grad = restored(grads, name, tuple(p.shape), row, "gradient of")
-                p.grad = grad.to(p.device, p.dtype)
+                self.model.clear_gradient(name)
+                if self.model.gradient(name) is None:
+                    p.grad = grad.to(p.device, p.dtype)
+                else:
+                    self.model.gradient(name).copy_(grad)
         if self.sparse and "bigram_table" in grads:
             touched = grads["bigram_table"].any(1)
             self.touched.append(touched.nonzero().squeeze(1))

@@ -179,6 +179,8 @@ def kernels_of(scheduler, graph, config) -> Iterator[Kernel]:
             total, shapes = sum(map(bytes_of, tensors)), [shape_of(tensor) for tensor in tensors]
             flops, precision = product_flops(call)
             product = flops > 0
+            if str(call.target).startswith("train_gpt.add_rows"):
+                total = 3 * bytes_of(call.args[2].meta["val"])  # of `out` as many rows, read and written
         else:
             total, shapes = fused_traffic(node, graph)
         part = part_of_step(node.is_template(), product, shapes, functions_of(origins), config)
@@ -222,8 +224,15 @@ def attention_flops(config, stage, tokens: int) -> int:
     return total
 
 
-def optimizer_kernels(settings, table: dict, tokens: int) -> Iterator[Kernel]:
-    """A rank's part of the optimizers and of the communication, a step; what runs every second step counts half."""
+def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Iterator[Kernel]:
+    """A rank's part of the optimizers and of the communication, a step; what runs in half of the `hypers` counts half.
+
+    `hypers` is what the schedule says of each of the stage's steps.
+    """
+    import train_gpt
+
+    adam = sum(hyper.adam for hyper in hypers) / len(hypers)
+    tables = sum(hyper.adam and hyper.tables for hyper in hypers) / len(hypers)
     for name, row in table.items():
         if row is None:
             continue
@@ -240,12 +249,14 @@ def optimizer_kernels(settings, table: dict, tokens: int) -> Iterator[Kernel]:
             yield Kernel("optimizer", polar_bytes + mine * (4 + 4 + 2 + 8 + 32), flops, launches=launches)
             yield Kernel("communication", 2 * 2 * count * (RANKS - 1) // RANKS, launches=2)
             continue
-        share = 0.5
-        if row.kind == "table" and name != "lm_head":
-            share /= settings.tables_every
+        share = tables if row.kind == "table" and name != "lm_head" else adam
         width = 4 if row.kind == "scalar" else 2
         # Weight, gradient and two averages.
+        if share == 0:
+            continue
         yield Kernel("optimizer", int(share * mine * (2 * width + width + 16)), launches=share)
+        if name in train_gpt.LOOKED_UP:
+            yield Kernel("embedding tables", int(share * width * count), launches=share)  # cleared
         if row.kind == "table":
             there = count
             if name == "bigram_table" and settings.sparse_exchange:
@@ -266,6 +277,7 @@ def count_stages(settings, model) -> Iterator[tuple[str, int, list[Kernel]]]:
     from torch._inductor.scheduler import Scheduler
     from torch._inductor.virtualized import V
 
+    import train_gpt
     from graphs import parts
 
     class NoKernel:
@@ -288,13 +300,16 @@ def count_stages(settings, model) -> Iterator[tuple[str, int, list[Kernel]]]:
             torch._dynamo.reset()
             part()
             by_length[int(re.sub(r"\D", "", name))] = list(counted)
+    first = 0
     for number, stage in enumerate(settings.all_stages, 1):
+        hypers = [train_gpt.schedule(settings, step) for step in range(first, first + stage.steps)]
+        first += stage.steps
         tokens = stage.batch_tokens // settings.slices
         kernels = by_length[tokens] * (settings.slices // RANKS)
         attention = [kernel for kernel in kernels if kernel.part == "attention"]
         share = attention_flops(settings.model, stage, tokens) // max(len(attention), 1)
         kernels = [k._replace(flops=share) if k.part == "attention" else k for k in kernels]
-        kernels += optimizer_kernels(settings, model.table, tokens)
+        kernels += optimizer_kernels(settings, model.table, tokens, hypers)
         last = number == len(settings.all_stages)
         yield "extension" if last else f"stage {number}", stage.steps, kernels
 

@@ -110,5 +110,5 @@ PRESETS = {
 
 RECORD, TINY = PRESETS["record"], PRESETS["tiny"]
 PRESETS["next"] = replace(
-    RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), tables_every=2
+    RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
 )

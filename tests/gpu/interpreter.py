@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute as a GPU does, where it does not: bf16 products, roundings, a GPU's instructions.
 
-Its bf16 product multiplies bit patterns, float32 to bf16 truncates, casts to FP8 round wrongly, and comparisons have the
-type of what they compare. `patch` has PyTorch do these, and puts plain expressions in the place of the instructions that train_gpt.py names: they are what these
-approximate. To be imported in a process that was started with TRITON_INTERPRET=1.
+Its bf16 product multiplies bit patterns, float32 to bf16 truncates, casts to FP8 round wrongly, and comparisons have
+the type of what they compare. `patch` has PyTorch do these, and puts plain expressions in the place of the instructions
+that train_gpt.py names: what these approximate. To be imported in a process that was started with TRITON_INTERPRET=1.
 """
 
 import numpy as np

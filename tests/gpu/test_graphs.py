@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 TINY = replace(recipe.TINY, model=replace(train_gpt.PRESETS["tiny"].model, gates=True))
 # Relative errors of gradients and updates: of banks and tables, and of what has few numbers. A bf16 has 8 bits, so that
-# one part in 256 is lost at each rounding; where the CPU's bf16 is farther from float32, as it is with sums in which much
+# one part in 256 is lost at each rounding; where the CPU's bf16 is farther from float32, as with sums in which much
 # cancels, twice as far is allowed.
 LARGE, SMALL = 2.5e-2, 3e-2
 
@@ -117,8 +117,12 @@ def loss_and_gradients(model, objective, inputs, targets):
     context = train_gpt.make_context(model.config, len(inputs), (64, 256), model.embed)
     context = context._replace(mtp=torch.tensor([1.0, 0.5, 0.25], device=device))
     loss = objective(inputs.to(device), targets.to(device), context)
-    names, parameters = zip(*model.named_parameters())
-    return loss.item() / len(inputs), dict(zip(names, torch.autograd.grad(loss, parameters)))
+    loss.backward()
+    gradients = {}
+    for name, _ in model.named_parameters():
+        gradients[name] = model.gradient(name).clone()
+        model.clear_gradient(name)
+    return loss.item() / len(inputs), gradients
 
 
 def errors_of_cpu(model, inputs, targets) -> dict[str, float]:
@@ -184,7 +188,11 @@ def updates(model, gradients) -> dict[str, torch.Tensor]:
     for step, gradient in zip((0, 1, 241), gradients):
         for name, p in model.named_parameters():
             grad = gradient[name].clone().to(p.device, p.dtype)  # tied, the head's takes in embed's
-            p.grad = grad if p.grad is None else p.grad + grad
+            gathered = model.gradient(name)
+            if gathered is None:
+                p.grad = grad
+            else:
+                gathered += grad
         optimizer.step(train_gpt.schedule(TINY, step))
     changes = {}
     for name, p in model.named_parameters():

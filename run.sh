@@ -53,7 +53,7 @@ done
 if [ "$named" = no ]; then set -- --preset "$preset" ${1+"$@"}; fi
 if [ "$own_data" = no ]; then
     case "$preset" in
-        record) "$PYTHON" data/cached_fineweb10B.py 9 ;;
+        record | next) "$PYTHON" data/cached_fineweb10B.py 9 ;;
         tiny) "$PYTHON" data/embedded.py ;;
     esac
 fi

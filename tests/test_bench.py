@@ -1,5 +1,7 @@
-"""The programs of bench: the compiled kernels and graphs, step time, attention, the plan of slices."""
+"""The programs of bench: the compiled kernels and graphs, step time, attention, the plan of slices, costs."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -237,3 +239,67 @@ def test_each_table_of_polar_express_is_what_polar_prints_with_the_range_that_it
 def test_an_interval_that_polar_cannot_work_with_is_a_users_mistake(option, monkeypatch, capsys):
     with pytest.raises(command_module.UserError, match=f"{option} 0.2: must be "):
         polar_prints(monkeypatch, capsys, option, "0.2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The count of costs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_counted_like_the_models_flops_and_its_logits_once_more():
+    import cost
+
+    stage = recipe.RECORD.stages[0]
+    for config in recipe.RECORD.model, recipe.PRESETS["next"].model:
+        # flops_per_token has forward and twice as much backward; the window of composed heads is another part here.
+        alone = dataclasses.replace(config, dc=False)
+        no_keys = dataclasses.replace(stage, windows=(0, 0))
+        products = train_gpt.flops_per_token(alone, stage) - train_gpt.flops_per_token(alone, no_keys)
+        logits_again = 0
+        for row in alone.rows:
+            if row.attention:
+                keys = stage.windows[row.window == "long"]
+                logits_again += 2 * keys * (384 if row.narrow_qk else 768)
+        assert cost.attention_flops(config, stage, tokens=10) == 10 * (products + logits_again)
+
+
+def test_a_kernel_takes_the_longer_of_its_bytes_and_its_flops_and_its_launch():
+    import cost
+
+    assert cost.Kernel("MLP", 3_350_000_000, 989_000_000).seconds == pytest.approx(1e-3 + 2e-6)
+    assert cost.Kernel("MLP", 3_350_000, 989_000_000_000).seconds == pytest.approx(1e-3 + 2e-6)
+    assert cost.Kernel("MLP", 0, 1_979_000_000_000, "fp8", launches=0.5).seconds == pytest.approx(1e-3 + 1e-6)
+    assert cost.Kernel("communication", 450_000_000).seconds == pytest.approx(1e-3 + 2e-6)
+
+
+def test_what_runs_every_second_step_is_counted_half():
+    import cost
+
+    table = {"lm_head": train_gpt.ParameterRow("table", (800, 10), None, (0.5, 0.95), 1, 1, None)}
+    settings = recipe.RECORD
+    hypers = [train_gpt.schedule(settings, step) for step in range(4)]
+    update, travel = cost.optimizer_kernels(settings, table, 1, hypers)
+    # An eighth of the parameters: weights in bf16 read and written, gradients read, two float32 averages likewise.
+    assert (update.bytes, update.launches) == (1000 * 22 / 2, 0.5)
+    assert travel.bytes == 8000 * (2 + 2) * 7 / 8 / 2
+
+
+@pytest.mark.slow
+def test_products_of_the_compiled_graphs_are_the_models(tmp_path):
+    pytest.importorskip("triton")
+    options = ("--preset", "tiny", "--slices", 8, "--steps", 4, "--dim", 384, "--heads", 4)
+    result = command("cost.py", "--save", tmp_path / "counts.json", *options)
+    assert result.returncode == 0, result.stderr
+    stages = json.loads((tmp_path / "counts.json").read_text())
+    assert list(stages) == ["stage 1", "stage 2", "stage 3", "extension"]
+    tokens, layers, attending = 8192 / 8, 5, 4
+    for rows in stages.values():
+        launches, _, bf16, fp8, _ = rows["MLP"]
+        assert (bf16 + fp8) * 1e12 == pytest.approx(6 * 8 * 384**2 * layers * tokens)
+        assert fp8 * 1e12 == pytest.approx(2 * 8 * 384**2 * layers * tokens)  # forward
+        assert rows["projections"][2] * 1e12 == pytest.approx(6 * 4 * 384**2 * attending * tokens)
+        assert sum(row[0] for part, row in rows.items() if part != "total") == pytest.approx(rows["total"][0])
+    again = command("cost.py", "--against", tmp_path / "counts.json", *options)
+    ratios = re.findall(r" (\d\.\d\d)$", again.stdout, re.MULTILINE)
+    assert len(ratios) > 20 and set(ratios) == {"1.00"}
+    assert "no counts of --save" in command("cost.py", "--against", tmp_path / "none.json", *options).stderr

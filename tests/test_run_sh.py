@@ -248,8 +248,9 @@ def test_named_preset_is_kept_and_gets_its_data(arguments, gpus, machine):
     call = machine.train(*arguments)
     assert call[call.index("train_gpt.py") + 1 :] == arguments
     assert machine.before == [["data/embedded.py"]]
-    call = machine.train(*(argument.replace("tiny", "record") for argument in arguments))
-    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+    for other in "record", "next":
+        machine.train(*(argument.replace("tiny", other) for argument in arguments))
+        assert machine.before == [["data/cached_fineweb10B.py", "9"]]
 
 
 @pytest.mark.parametrize("argument", ["--train-files=x", "--train-files", "--dry-run", "--help", "-h"])

@@ -914,7 +914,8 @@ def mlp_kernel(
         inverse = 1 / tl.load(out8_scale)
         largest = tl.zeros((ROWS,), tl.float32)  # of each row: for these no warp waits for another
     # One program a multiprocessor, each of which takes every so-many-th block.
-    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+    # Flattened: the pipeline loads a block's first tiles during the products of the one before.
+    for block in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         i, j = tl.swizzle2d(block // across, block % across, down, across, 8)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, k, INNER):
@@ -1338,10 +1339,9 @@ def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_mm(
-    a: Tensor, b: Tensor, a_scale: Tensor | float, b_scale: Tensor | float,
-    dtype: torch.dtype = torch.bfloat16, fast: bool = True,
+    a: Tensor, b: Tensor, a_scale: Tensor | float, b_scale: Tensor | float, fast: bool = True
 ) -> Tensor:
-    """A B^T times both scales, in `dtype`, of FP8 a (n, k) and b (m, k).
+    """A B^T times both scales, in bf16, of FP8 a (n, k) and b (m, k).
 
     `fast` accumulates with fewer bits, which forward passes can bear.
     """
@@ -1351,7 +1351,7 @@ def scaled_mm(
             scale = torch.full((), scale, device=a.device)
         # With axes: without, Inductor would mistake a number of a vector for the vector.
         scales.append(scale.view(1, 1))
-    return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -1388,9 +1388,8 @@ class Head(torch.autograd.Function):
             scale = grad * LOGIT_GRAD_SCALE
             x_grad = scaled_mm(logit_grads, lm_head, scale, HEAD_WEIGHT_SCALE, fast=False)
             head_grad = scaled_mm(
-                transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale,
-                dtype=torch.float32, fast=False,
-            ).to(torch.bfloat16)
+                transposed(x), transposed(logit_grads), HEAD_INPUT_SCALE, scale, fast=False
+            )
         else:
             grad = grad.to(x.dtype)
             x_grad = grad * (logit_grads @ lm_head.T)

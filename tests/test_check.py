@@ -77,9 +77,9 @@ def in_evaluate(*lines):
 
 def of_losses(*lines):
     """Code at the end of `GPT.evaluate`, where losses are (T,)."""
-    end = "        return torch.cat(losses)\n\n    @property"
+    end = "        return torch.cat(losses)\n\n    def gradient"
     body = "".join(f"        {line}\n" for line in ("losses = torch.cat(losses)", *lines, "return losses"))
-    return end, body + "\n    @property"
+    return end, body + "\n    def gradient"
 
 
 def before(anchor, *lines):
@@ -109,7 +109,7 @@ STEP = (
     "train_step(run.objective, t.to(device), c._replace(mtp=mtp[0]), settings.slices)",
     "run.optimizer.step(hypers[0])",
 )
-EMBEDDING = "x = F.embedding(inputs, self.embed)"
+EMBEDDING = "x = look_up(self.embed, inputs, self.embed_grad)"
 LSE = "weights.sum() * z.logsumexp(-1)"
 LATE = "        self.register_buffer(\"bigram_signs\", signs)\n"
 
@@ -335,7 +335,7 @@ def test_warm_up_that_leaves_a_trace_is_caught(trace, words, judge, tmp_path):
 def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_runs(judge, tmp_path):
     """Set for good or for a moment, in plain words or not; each is named with its line where there is one."""
     edits = {
-        "compile(copy, dynamic=False)": "compile(copy, dynamic=False, mode='max-autotune')",
+        "compile(copy_of(body), dynamic=False)": "compile(copy_of(body), dynamic=False, mode='max-autotune')",
         "E4M3_MAX = 448": "E4M3_MAX = 448\ntorch._inductor.config.max_fusion_size = 128",
         "for adam in (False, True, True):": (
             "with vars(torch)['_in' 'ductor'].config.patch(shape_padding=False): pass\n"

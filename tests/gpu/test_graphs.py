@@ -18,7 +18,10 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.usefixtures("compiled")
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
-TINY = replace(recipe.TINY, model=replace(train_gpt.PRESETS["tiny"].model, gates=True))
+# The table of `tiny` with all it has, and half its width.
+CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=128, heads=2, bigram_rows=1, gates=True, narrow_qk=True)
+TINY = replace(recipe.TINY, model=CONFIG)
+LENGTH = 384  # three of FlexAttention's blocks
 # Relative errors of gradients and updates: of banks and tables, and of what has few numbers. A bf16 has 8 bits, so that
 # one part in 256 is lost at each rounding; where the CPU's bf16 is farther from float32, as with sums in which much
 # cancels, twice as far is allowed.
@@ -149,8 +152,8 @@ def errors_of_cpu(model, inputs, targets) -> dict[str, float]:
     ids=["plain", "kernels", "FP8"],
 )
 def test_loss_and_gradients_of_training_are_the_cpus(options, large):
-    model = random_model(TINY.model)
-    inputs, targets = sequence(model.config, 512)
+    model = random_model(CONFIG)
+    inputs, targets = sequence(model.config, LENGTH)
     with torch.compiler.set_stance("force_eager"):
         exact = copy.deepcopy(model).float()
         loss, want = loss_and_gradients(exact, exact, inputs, targets)
@@ -167,8 +170,8 @@ def test_loss_and_gradients_of_training_are_the_cpus(options, large):
 
 
 def test_losses_of_validation_are_the_cpus():
-    model = random_model(TINY.model)
-    inputs, targets = sequence(model.config, 768)
+    model = random_model(CONFIG)
+    inputs, targets = sequence(model.config, LENGTH)
 
     def losses(model):
         context = train_gpt.make_context(model.config, len(inputs), (64, 256), model.embed)
@@ -207,8 +210,7 @@ def updates(model, gradients) -> dict[str, torch.Tensor]:
 
 
 def test_updates_of_both_optimizers_over_the_untying_are_the_cpus():
-    config = replace(TINY.model, dim=128, heads=2, bigram_rows=1)
-    model = random_model(config)
+    model = random_model(CONFIG)
     exact, gpu = copy.deepcopy(model).float(), on_gpu(model)
     gradients = [{name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()} for _ in range(3)]
     with torch.compiler.set_stance("force_eager"):

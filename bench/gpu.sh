@@ -37,11 +37,11 @@ part() {
     echo "    $result" >&2
 }
 
-# shards TOKENIZER: shards of this Python's own library, as text; without a vocabulary, of made-up tokens.
+# text_shards TOKENIZER: shards of the texts of this Python's own modules.
 text_shards() {
-    local library
-    library=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    "$python" data/text.py "$library" --out "$out/data" --tokenizer "$1" --skip-bad --max-doc-tokens 4096
+    local modules
+    modules=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+    "$python" data/text.py "$modules" --out "$out/data" --tokenizer "$1" --skip-bad --max-doc-tokens 4096
 }
 tokenizer=gpt2
 if [ "$preset" = tiny ]; then tokenizer=bytes; fi

@@ -121,7 +121,7 @@ def widen_blocks() -> None:
 
 def multiply_fp8() -> None:
     """`_scaled_mm`, in float32; and what it asks of its inputs on a GPU."""
-    import torch
+    from torch import library
 
     def product(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
         assert a.stride(1) == 1 and b.stride(0) == 1, "FP8 products want a by rows and b by columns"
@@ -132,13 +132,13 @@ def multiply_fp8() -> None:
     def product_into(a, b, scale_a, scale_b, *rest, out, out_dtype=None, **options):
         return out.copy_(product(a, b, scale_a, scale_b, out_dtype=out_dtype or out.dtype))
 
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_scaled_mm", product, "CUDA")
-    library.impl("_scaled_mm.out", product_into, "CUDA")
-    kept.append(library)
+    products = library.Library("aten", "IMPL")
+    products.impl("_scaled_mm", product, "CUDA")
+    products.impl("_scaled_mm.out", product_into, "CUDA")
+    kept.append(products)
 
 
-kept = []  # a library is taken back when nothing refers to it
+kept = []  # what is registered is taken back when nothing refers to it
 
 
 # ---- Triton's interpreter ------------------------------------------------------------------------

@@ -75,8 +75,11 @@ def side_by_side(function: Callable, items: Iterable, text: str) -> Iterator:
     For runs whose time does not count: each on a thread of its own, they are sooner done than one after the other.
     """
     items = list(items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         yield from tqdm(pool.map(function, items), text, len(items), disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, those that have not begun
 
 
 def step_time(path: Path) -> float:

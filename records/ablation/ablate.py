@@ -7,9 +7,9 @@
 Each variant is the preset but for one technique: without it, or with one that the preset leaves
 out. Runs that differ only in it share their seeds, so the table gives the mean of the paired
 differences with a 95 % interval of Student's t. Runs of different sources, or whose settings differ
-in more than that, are not compared but named. The time of a step is that of the quickest quarter of
-the steps of the quickest run. A run whose log is complete is not run again: stop it and start it
-again as you like.
+in more than that, are not compared but named. As many run at once as there are cores, a thread
+each; the time of a step is that of the quickest quarter of the steps of the quickest run. A run
+whose log is complete is not run again: stop it and start it again as you like.
 """
 
 import sys
@@ -28,11 +28,9 @@ import hashlib
 import statistics
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 import logbook
 import train_gpt
-from runs import ROOT, Origin, finished, interval, origin, step_time, train
+from runs import ROOT, Origin, finished, interval, origin, side_by_side, step_time, train
 
 SCRIPT = "train_gpt.py"
 OUT = ROOT / "records" / "ablation"  # of preset tiny; others have a folder in it
@@ -44,8 +42,9 @@ TECHNIQUES = {
     for f in dataclasses.fields(owner)
     if f.type is bool and f.name not in NO_TECHNIQUES
 }
-# Techniques that have nothing to do in a preset: whose windows do not grow there, whose bytes have no prefixes.
-IDLE = {"tiny": {"extension_windows", "long_validation", "prefix_tokens"}}
+# Techniques that have nothing to do in a preset: whose windows do not grow there, whose bytes have no prefixes,
+# which has no gates for DC to come from.
+IDLE = {"tiny": {"dc", "extension_windows", "long_validation", "prefix_tokens"}}
 # What presets leave out, by the options that add it. Steps are those of the whole schedule, and shrink with it.
 ADDED = {
     "gates": ("gates that small networks make", {"gates": True, "dc": False}),
@@ -237,12 +236,17 @@ def main() -> None:
         # program that is cut off has whole rows.
         wanted = [BASE, *(name for name in chosen if chosen[name].differs(train_gpt.PRESETS[preset]))]
         runs = [(seed, name) for seed in range(1, seeds + 1) for name in wanted]
-        for seed, name in tqdm(runs, "runs", disable=None):
+
+        def run(seed_and_name: tuple[int, str]) -> None:
+            seed, name = seed_and_name
             path = log_path(out, name, seed)
             if not finished(path):
                 fixed = ["--preset", preset, "--steps", str(steps), "--seed", str(seed)]
-                train(path, SCRIPT, [*fixed, "--val-every", "1000", *chosen[name].options])
-                write()
+                options = [*fixed, "--val-every", "1000", *chosen[name].options]
+                train(path, SCRIPT, options, alone=False)
+
+        for _ in side_by_side(run, runs, "runs"):
+            write()
     print(write())
 
 

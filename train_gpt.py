@@ -905,7 +905,8 @@ def mlp_kernel(
 ):
     """Blocks of out (n, m) = relu(A B^T)^2; with `post`, the square itself, 2 (A B^T) sqrt(post).
 
-    a, b, post, out and out8 are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's.
+    a, b, post, out and out8 are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's,
+    of each row of A and of B.
     With `out8` the square goes there, too, in 8 bits, and into `maxima` the largest by program.
     """
     down = tl.cdiv(n, ROWS)
@@ -923,7 +924,8 @@ def mlp_kernel(
             right = b.load([j * COLUMNS, start])
             total = tl.dot(left, right.T, total)
         if scale_a is not None:
-            total *= tl.load(scale_a) * tl.load(scale_b)
+            rows = i * ROWS + tl.arange(0, ROWS)
+            total *= tl.load(scale_a + rows, rows < n, 0)[:, None] * tl.load(scale_b)
         # Stored a half of the columns at a time, which leaves shared memory to the pipeline.
         halves = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
         for h in tl.static_range(2):
@@ -971,7 +973,8 @@ def relu_squared_fp8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """relu(X W^T)^2 (n, m) in bf16, in e4m3 by `post_scale`, and the largest number of each part.
 
-    x (n, k) and w (m, k) are e4m3, with their scales. The parts are any that cover the whole.
+    x (n, k) and w (m, k) are e4m3, with scales (n, 1) and 0-d. The parts are any that cover the
+    whole.
     """
     if mlp_tiles(x, w) is not None:
         return relu_squared_fp8_op(x, w, x_scale, w_scale, post_scale)
@@ -1296,6 +1299,19 @@ def transpose_into(out: Tensor, source: Tensor, add: bool = False, *, kernels: b
         out.copy_(source.T)
 
 
+# --- What Inductor cannot see through: it computes again what it can, in each kernel that reads it.
+
+
+@library.custom_op("train_gpt::stored", mutates_args=())
+def stored_op(x: Tensor) -> Tensor:
+    """A copy of x: for what is read so often that it is better stored."""
+    return x.clone()
+
+
+stored_op.register_fake(torch.empty_like)
+stored_op.register_autograd(lambda ctx, grad: grad)
+
+
 # 3. Numerics ======================================================================================
 # The few functions in which rounding is a decision.
 
@@ -1332,10 +1348,10 @@ def scale_for(largest: Tensor, headroom: float = 1) -> Tensor:
     return largest.float().clamp(min=1e-12) * headroom / E4M3_MAX
 
 
-def quantize_to_fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each matrix of x (…, rows, cols) in e4m3, with a scale (…) its largest entry needs."""
-    scale = scale_for(x.abs().amax((-2, -1)))
-    return quantize(x, scale[..., None, None]), scale
+def quantize_to_fit(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x in e4m3, and the scales that the largest numbers along these axes, which become 1, need."""
+    scale = scale_for(x.abs().amax(axes, keepdim=True))
+    return quantize(x, scale), scale
 
 
 def scaled_mm(
@@ -1343,14 +1359,17 @@ def scaled_mm(
 ) -> Tensor:
     """A B^T times both scales, in bf16, of FP8 a (n, k) and b (m, k).
 
-    `fast` accumulates with fewer bits, which forward passes can bear.
+    A scale is one number, or that of a has one for each row, (n, 1). `fast` accumulates with fewer
+    bits, which forward passes can bear.
     """
     scales = []
     for scale in (a_scale, b_scale):
         if not isinstance(scale, Tensor):
             scale = torch.full((), scale, device=a.device)
         # With axes: without, Inductor would mistake a number of a vector for the vector.
-        scales.append(scale.view(1, 1))
+        scales.append(scale.view(-1, 1))
+    if scales[0].numel() > 1:  # then each column of the product wants one, too
+        scales[1] = scales[1].expand(1, len(b)).contiguous()
     return torch._scaled_mm(a, b.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
@@ -1421,8 +1440,7 @@ class MLP8(NamedTuple):
 class MLP(torch.autograd.Function):
     """relu(x W_in^T)^2 W_out with the kernels, and None; or with an `MLP8`, maxima of the square.
 
-    With it, forward is in FP8 [84, 89]. The scale of x is then that of the whole sequence, which is
-    not causal: so it is a path for training alone. Backward is in bf16.
+    With it, forward is in FP8 [84, 89], with a scale for each token's x. Backward is in bf16.
     """
 
     @staticmethod
@@ -1430,7 +1448,7 @@ class MLP(torch.autograd.Function):
         maxima = None
         if eight:
             w = MLP8(*eight)
-            x8, x_scale = quantize_to_fit(x)
+            x8, x_scale = quantize_to_fit(x, (1,))
             post, post8, maxima = relu_squared_fp8(
                 x8, w.w_in, x_scale, w.w_in_scale, w.post_scale
             )
@@ -1470,9 +1488,9 @@ def quantize_mlps(
     W_out's are those of the present matrices; or with `delayed` (0-d, 0 or 1) `next_w_out_scale`
     (layers,), into which those of the present ones then go, with headroom.
     """
-    in8, in_scale = quantize_to_fit(w_in)
+    in8, in_scale = quantize_to_fit(w_in, (1, 2))
     out.w_in.copy_(in8)
-    out.w_in_scale.copy_(in_scale)
+    out.w_in_scale.copy_(in_scale.flatten())
     largest = w_out.abs().amax((1, 2))
     scale = torch.lerp(scale_for(largest), next_w_out_scale, delayed)  # one of the two
     out.w_out.copy_(quantize(w_out, scale[:, None, None]).mT)
@@ -1587,13 +1605,13 @@ def rotary_state(settings: Settings, step: int) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (2j, 2j + 1) of the first channels of x (T, H, d), one for each angle."""
-    cos = cos[: len(x)]
-    sin = sin[: len(x)]
-    turning, still = x.tensor_split([2 * cos.size(-1)], dim=-1)
-    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    """Turns the pairs (2j, 2j + 1) of the channels of x (T, H, d), each by an angle of its own."""
+    pairs = x.size(-1) // 2
+    cos = cos[: len(x), :, :pairs]
+    sin = sin[: len(x), :, :pairs]
+    even, odd = x.unflatten(-1, (pairs, 2)).unbind(-1)
     turned = torch.stack((cos * even + sin * odd, cos * odd - sin * even), dim=-1)
-    return torch.cat((turned.flatten(-2), still), dim=-1)
+    return turned.flatten(-2)
 
 
 def document_starts(inputs: Tensor, config: ModelConfig) -> Tensor:
@@ -1700,28 +1718,27 @@ def banded_mask(docs: Tensor, window: int, size: int | None = None) -> Tensor:
 
 
 @region
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor, scale: Tensor) -> Tensor:
-    """softmax(scale * q k^T, where allowed) v, of q, k, v (T, H, d): on CUDA, or elsewhere."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor) -> Tensor:
+    """softmax(q k^T, where allowed) v, of q, k, v (T, H, d): on CUDA, or elsewhere."""
     if isinstance(mask, BlockMask):
-        return flex_attend(q, k, v, mask, scale)
-    return banded_attend(q, k, v, mask, scale)
+        return flex_attend(q, k, v, mask)
+    return banded_attend(q, k, v, mask)
 
 
-def flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: Tensor) -> Tensor:
-    """`attend` on CUDA. FlexAttention wants (1, H, T, d), and a scale that is no tensor."""
-    q = (q.float() * scale).to(q.dtype)
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    """`attend` on CUDA. FlexAttention wants (1, H, T, d)."""
     q = q.transpose(0, 1)[None]
     k = k.transpose(0, 1)[None]
     v = v.transpose(0, 1)[None]
     return flex_attention(q, k, v, block_mask=mask, scale=1.0)[0].transpose(0, 1)
 
 
-def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+def banded_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`attend` on other devices, with the mask (chunks, 1, C, 2C) of `banded_mask`.
 
     Matmuls and a softmax, compiled, take half the time of scaled_dot_product_attention on a CPU.
     """
-    weights = banded_weights(q, k, mask, scale)
+    weights = banded_weights(q, k, mask)
     y = weights.to(q.dtype) @ and_chunk_before(chunks(v, mask.size(2)))  # (chunks, H, C, d)
     return y.transpose(1, 2).flatten(0, 1)[: len(q)]
 
@@ -1737,11 +1754,11 @@ def and_chunk_before(x: Tensor) -> Tensor:
     return torch.cat((x[:-1], x[1:]), dim=2)
 
 
-def banded_weights(q: Tensor, k: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """softmax(scale * q k^T, where allowed), float32 (chunks, H, C, 2C), of q, k (T, H, d)."""
+def banded_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T, where allowed), float32 (chunks, H, C, 2C), of q, k (T, H, d)."""
     size = mask.size(2)
     keys = and_chunk_before(chunks(k, size))
-    logits = (chunks(q, size)[1:] @ keys.mT).float() * scale
+    logits = (chunks(q, size)[1:] @ keys.mT).float()
     return logits.masked_fill(~mask, -math.inf).softmax(-1)
 
 
@@ -1753,8 +1770,7 @@ DC_WINDOW = 112
 
 @region
 def compose_heads(
-    y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_in: Tensor, w_out: Tensor, mask: Tensor,
-    scale: Tensor,
+    y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_in: Tensor, w_out: Tensor, mask: Tensor
 ) -> Tensor:
     """Attention's output y (T, H, d) + for each head h, w_out[h] (sum over g of w_in[g] P_g) v_h.
 
@@ -1764,7 +1780,7 @@ def compose_heads(
     length, size = len(q), mask.size(2)
     w_in = F.rms_norm(w_in.float(), (w_in.size(1),), eps=1e-6).to(q.dtype)
     shares = chunks(w_in[:, :, None], size)[1:]  # (chunks, H, C, 1)
-    mixture = (shares * banded_weights(q, k, mask, scale)).sum(1).to(q.dtype)  # (chunks, C, 2C)
+    mixture = (shares * banded_weights(q, k, mask)).sum(1).to(q.dtype)  # (chunks, C, 2C)
     # One product for all heads.
     values = and_chunk_before(chunks(v.flatten(1)[:, None], size))[:, 0]  # (chunks, 2C, H d)
     mixed = (mixture @ values).flatten(0, 1)[:length].view_as(y)
@@ -1783,9 +1799,9 @@ VAL_CHUNK = 4096
 class Context(NamedTuple):
     """What the forward pass needs besides weights and tokens."""
 
-    cos: Tensor  # rotary tables (2T, 1, d/4): paired heads have twice as many positions
+    cos: Tensor  # rotary tables (2T, 1, d/2): paired heads have twice as many positions
     sin: Tensor
-    scale: Tensor  # of attention's logits; 0-d, float32
+    scale: Tensor  # of q and of k: the root of that of attention's logits; 0-d, float32
     windows: tuple  # short and long; on CUDA 0-d tensors, so that another window is no new graph
     mtp: Tensor  # the weights (K,) of the next targets
     prefix_weight: Tensor  # of the next target's prefix; 0-d
@@ -1807,11 +1823,12 @@ def make_context(
     frequencies, scale = rotary
     positions = torch.arange(2 * length, device=device)[:, None, None]
     angles = positions * frequencies.to(device)
+    angles = F.pad(angles, (0, len(frequencies)))  # the second half of the channels does not turn
     if device.type == "cuda":
         windows = tuple(torch.tensor(window, device=device) for window in windows)
     return Context(
         cos=angles.cos().to(like.dtype), sin=angles.sin().to(like.dtype),
-        scale=torch.tensor(scale, device=device), windows=windows,
+        scale=torch.tensor(scale**0.5, device=device), windows=windows,
         mtp=torch.ones(1, device=device), prefix_weight=torch.zeros((), device=device),
     )
 
@@ -1862,51 +1879,81 @@ def add_bigram(x: Tensor, bigram: Tensor, factor: Tensor) -> Tensor:
 
 @region
 def project(
-    x: Tensor, added: Tensor | None, begins: Tensor, rotary: tuple[Tensor, Tensor],
+    x: Tensor, added: Tensor | None, begins: Tensor, rotary: tuple[Tensor, Tensor, Tensor],
     w: dict[str, Tensor | None], heads: int, *, offset: bool, paired: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k and v for `attend`, and the gate (T, H) of its output, from the residual stream x.
 
-    `added` (T, D) is added to v: the token's row of value embeddings, or what MUDD makes.
+    `rotary` has the tables of cosines and sines, and the scale of q and of k. `added` (T, D) is
+    added to v: the token's row of value embeddings, or what MUDD makes. With `paired`, they are
+    `in_pairs`.
     """
-    cos, sin = rotary
+    cos, sin, scale = rotary
     a = norm(x)
     if w["value_gates"] is not None:
         # Gates of the value embedding [14, 63], from both the input and the embedding: (T, H).
         gate_inputs = torch.cat((a[:, :6], added[:, :6]), dim=1)
         gate = 2 * torch.sigmoid(gate_inputs @ w["value_gates"].T)
         added = (gate[:, :, None] * added.unflatten(1, (heads, -1))).flatten(1)
-    qk = norm((a @ w["qk"].T).unflatten(1, (2 * heads, -1)))
-    q, k = qk.chunk(2, dim=1)  # (T, H, d)
-    if added is None:
-        v = a @ w["v"].T
-    else:
-        v = torch.addmm(added, a, w["v"].T)
-    v = v.unflatten(1, (heads, -1))
-    if offset:
-        # The half of a key that does not turn is that of the token before. A query so finds what
-        # came after a token like its own, and one layer can copy, where else it takes two [49].
-        turning, still = k.tensor_split([2 * cos.size(-1)], dim=-1)
-        k = torch.cat((turning, previous(still, begins)), dim=-1)
-    if paired:
-        q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
     gate = w["head_gates"]  # made by a network [85]
     if w["attention_gates"] is not None:
         gate = torch.sigmoid(a[:, :12] @ w["attention_gates"].T)  # learned directly [28]
-    return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
+    qkv, width = a @ w["qkv"].T, x.size(1)
+    if paired:
+        qkv, width = in_pairs(qkv), width // 2
+        added = None if added is None else in_pairs(even_heads_first(added, heads, 1))
+        heads //= 2
+    qk, v = qkv.split([qkv.size(1) - width, width], dim=1)
+    if added is not None:
+        v = v + added
+    # Q and K stay together, (T, 2H, d): so one kernel each way does all this.
+    qk = norm(qk.unflatten(1, (2 * heads, -1)))
+    if offset:
+        # The half of a key that does not turn is that of the token before. A query so finds what
+        # came after a token like its own, and one layer can copy, where else it takes two [49].
+        head = torch.arange(2 * heads, device=x.device)[:, None]
+        channel = torch.arange(qk.size(2), device=x.device)
+        still = (head >= heads) & (channel >= qk.size(2) // 2)
+        before = previous(qk.unflatten(0, (len(x), -1)), begins).flatten(0, 1)
+        qk = torch.where(still, before, qk)
+    qk = (scale * rotate(qk, cos, sin).float()).to(qk.dtype)
+    q, k = qk.chunk(2, dim=1)
+    return q, k, v.unflatten(1, (heads, -1)), gate
 
 
-def pair_heads(x: Tensor) -> Tensor:
-    """Heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1 [58].
+# Paired heads [58]: heads 2p and 2p + 1 of token t become one head's positions 2t and 2t + 1. Where
+# a token's even heads stand before its odd ones, that is another view of the same numbers: of twice
+# as many positions with half the heads. So the layers that pair their heads have the rows of W_qkv
+# and the columns of W_out in this order.
 
-    (T, H, d) to (2T, H/2, d).
+
+def even_heads_first(x: Tensor, heads: int, axis: int) -> Tensor:
+    """An axis of heads, one after the other, with heads 0, 2, 4, … before 1, 3, 5, …."""
+    each = x.unflatten(axis, (heads // 2, 2, -1))
+    return each.transpose(axis, axis + 1).flatten(axis, axis + 2)
+
+
+def in_pairs(x: Tensor) -> Tensor:
+    """Numbers (T, …) that are in this order, as (2T, half of …)."""
+    return x.unflatten(1, (2, -1)).flatten(0, 1)
+
+
+def unpaired(x: Tensor) -> Tensor:
+    """The inverse of `in_pairs`."""
+    return x.unflatten(0, (-1, 2)).flatten(1, 2)
+
+
+def join_qkv(parts: list[Tensor], paired: Tensor | None, heads: int) -> Tensor:
+    """W_q, W_k and W_v of n layers, (n, rows, D) each, one below the other.
+
+    In the layers that pair their heads, `paired` (n, 1, 1), it is the even heads of all three and
+    then the odd ones. It is None if there is none.
     """
-    return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1)
-
-
-def unpair_heads(x: Tensor) -> Tensor:
-    """The inverse of `pair_heads`: (2T, H/2, d) to (T, H, d)."""
-    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    joined = torch.cat(parts, dim=1)
+    if paired is None:
+        return joined
+    halves = [even_heads_first(part, heads, 1).unflatten(1, (2, -1)) for part in parts]
+    return torch.where(paired, torch.cat(halves, dim=2).flatten(1, 2), joined)
 
 
 @region
@@ -1915,12 +1962,15 @@ def add_attention(
     w: dict[str, Tensor | None], mix: Mix, *, paired: bool,
 ) -> Tensor:
     """The residual stream x (T, D) after attention, of which `attend` made y from the values v."""
+    alpha = w["xsa_alphas"]  # a head's, (H,), or a token's and head's, (T, H)
     if paired:
-        y, v = unpair_heads(y), unpair_heads(v)
-    if w["xsa_alphas"] is not None:
+        y, v = unpaired(y), unpaired(v)
+        heads = y.size(1)
+        alpha = None if alpha is None else even_heads_first(alpha, heads, alpha.dim() - 1)
+        gate = None if gate is None else even_heads_first(gate, heads, 1)
+    if alpha is not None:
         # XSA [82]: without tanh(alpha) of the part of y that is parallel to the token's own value.
-        # An alpha is a head's, (H,), or a token's and head's, (T, H).
-        alpha = w["xsa_alphas"].tanh().unsqueeze(-1)
+        alpha = alpha.tanh().unsqueeze(-1)
         along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
         y = y - alpha * along * v
     if gate is not None:
@@ -2026,6 +2076,10 @@ class GPT(nn.Module):
                 value = value.to(dtype)
             made[name] = value
             self.register_parameter(name, nn.Parameter(value))
+        # Which attending layers pair their heads, (n, 1, 1); see `join_qkv`.
+        paired = [self.rows[layer].paired_heads for layer in self.attending]
+        each = torch.tensor(paired).view(-1, 1, 1) if any(paired) else None
+        self.register_buffer("paired", each, persistent=False)
         signs = None
         if config.bigram:
             # From a seed of its own, on the CPU: the same on every device, for every --seed.
@@ -2135,6 +2189,8 @@ class GPT(nn.Module):
             x, inputs, begins, self.smear_gate, self.smear_lambda, self.bigram_table,
             self.bigram_signs, self.bigram_table_grad,
         )
+        if self.kernels:  # as 22 kernels read it
+            x0 = stored_op(x0)
         x = start = x0
         after = {}  # the residual stream after each layer that something later reads
         mudd_sources = None
@@ -2156,19 +2212,18 @@ class GPT(nn.Module):
                 origin = start
                 x, added, mix = mudd_before(x, start, mudd_sources[0], added, *mudd_before_weights)
             if row.attention:
-                q, k, v, gate = project(
-                    x if row.single_input is None else after[row.single_input], added,
-                    begins, (context.cos, context.sin), w, config.heads,
-                    offset=config.key_offset and row.window == "long",
-                    paired=row.paired_heads,
-                )
                 scale = context.scale
                 if row.narrow_qk:
-                    scale = NARROW_QK_SCALE * scale
-                y = attend(q, k, v, masks[row.paired_heads, row.window], scale)
+                    scale = NARROW_QK_SCALE**0.5 * scale
+                q, k, v, gate = project(
+                    x if row.single_input is None else after[row.single_input], added,
+                    begins, (context.cos, context.sin, scale), w, config.heads,
+                    offset=config.key_offset and row.window == "long" and not row.narrow_qk,
+                    paired=row.paired_heads,
+                )
+                y = attend(q, k, v, masks[row.paired_heads, row.window])
                 if row.dc:
-                    dc_weights = w["dc_in"], w["dc_out"]
-                    y = compose_heads(y, q, k, v, *dc_weights, masks["dc"], scale)
+                    y = compose_heads(y, q, k, v, w["dc_in"], w["dc_out"], masks["dc"])
                 # Layer 0 has the bigram embedding from the start.
                 bigram_here = None if i == 0 else bigram
                 x = add_attention(
@@ -2265,13 +2320,13 @@ class GPT(nn.Module):
     def layer_weights(self, length: int, fp8: bool) -> tuple[list[dict], list[Mix]]:
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
 
-        Of a layer: the matrices, times their scalars [47]: qk (2D, D), or (D, D) where they are
-        narrow, v and out (D, D), mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8;
-        and its row of every parameter whose row in the table has `layers`, by the parameter's name.
+        Of a layer: the matrices, times their scalars [47]: qkv (3D, D), or (2D, D) where Q and K
+        are narrow, out (D, D), mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and
+        its row of every parameter whose row in the table has `layers`, by the parameter's name.
         What a layer lacks is None.
         """
         dtype = self.embed.dtype
-        dim = self.config.dim
+        dim, heads = self.config.dim, self.config.heads
         attending = self.attending
         count, n = len(self.rows), len(attending)
         layers = [{} for _ in range(count)]
@@ -2286,17 +2341,25 @@ class GPT(nn.Module):
         # For all layers at once, which saves some hundred small kernels, most of them backward.
         qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
         out_lambdas = self.out_lambdas.to(dtype)[:, None, None]
-        qk = {}
-        for name, (those, _) in self.qk_banks.items():
-            if those:
-                bank = getattr(self, name)[: self.table[name].shape[0]]  # without its padding
-                lambdas = torch.stack([qkv_lambdas[attending.index(layer)] for layer in those])
-                qk |= zip(those, (lambdas * bank.view(len(those), -1, dim)).unbind())
         w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
+        qkv = {}
+        for name, (those, _) in self.qk_banks.items():
+            if not those:
+                continue
+            bank = getattr(self, name)[: self.table[name].shape[0]]  # without its padding
+            w_q, w_k = bank.view(len(those), 2, -1, dim).unbind(1)
+            v, lambdas, paired = w_v, qkv_lambdas, self.paired
+            if those != attending:
+                places = [attending.index(layer) for layer in those]
+                v, lambdas = (torch.stack([x[i] for i in places]) for x in (v, lambdas))
+                paired = None if paired is None else torch.stack([paired[i] for i in places])
+            qkv |= zip(those, (lambdas * join_qkv([w_q, w_k, v], paired, heads)).unbind())
+        if self.paired is not None:
+            w_o = torch.where(self.paired, even_heads_first(w_o, heads, 2), w_o)
+        out = out_lambdas * w_o
         mlp_matrices = self.mlp_bank.unbind()
-        hand_out("qk", qk.keys(), qk.values())
-        hand_out("v", attending, (qkv_lambdas * w_v).unbind())
-        hand_out("out", attending, (out_lambdas * w_o).unbind())
+        hand_out("qkv", qkv.keys(), qkv.values())
+        hand_out("out", attending, out.unbind())
         hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
         hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
         hand_out("mlp8", range(count), zip(*map(torch.unbind, self.mlp8)) if fp8 else ())
@@ -2553,12 +2616,11 @@ class Optimizer:
         # Reductions and updates go in different orders. Gradients of the banks leave before those
         # of the large tables, since every step has them and most of the computing waits for them.
         # But banks are updated last, so that the tables' new values travel while NorMuon computes.
-        reduce_order = self.small + self.banks + self.tables
         update_order = self.small + self.tables + self.banks
 
         # Phase 1: launch all reductions.
-        reductions = {}
-        for name in reduce_order:
+        reductions = self.launch_small_reductions([name for name in self.small if name in due])
+        for name in self.banks + self.tables:
             if name in due:
                 reductions[name] = self.launch_reduction(name)
         # Phase 2: update each parameter when its gradient is there, and launch its gather.
@@ -2594,19 +2656,27 @@ class Optimizer:
                 self.state["embed"][key].copy_(self.share("embed", whole.T))
             self.updates["embed"] = self.updates["lm_head"]
 
+    def launch_small_reductions(self, names: list[str]) -> dict[str, Reduction]:
+        """Sends small gradients on their way to their means over the ranks, all in one tensor."""
+        grads = [self.model.gradient(name) for name in names]
+        if self.world_size == 1 or not names:
+            return {name: Reduction([], grad) for name, grad in zip(names, grads)}
+        together = torch.cat([grad.flatten().float() for grad in grads])
+        work = dist.all_reduce(together, op=dist.ReduceOp.AVG, async_op=True)
+        means = together.split([grad.numel() for grad in grads])
+        each = zip(names, means, grads)
+        return {name: Reduction([work], mean.view_as(grad)) for name, mean, grad in each}
+
     def launch_reduction(self, name: str) -> Reduction:
-        """Sends a gradient on its way to its mean over the ranks."""
+        """Sends the gradient of a bank or table on its way to its mean over the ranks."""
         grad = self.model.gradient(name)
         if self.world_size == 1:
             return Reduction([], grad)
         if name == "bigram_table" and self.sparse:
             return self.launch_exchange_of_rows(grad)
-        if name in self.sharded:
-            part = torch.empty_like(self.share(name, grad))
-            work = reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
-            return Reduction([work], part)
-        work = dist.all_reduce(grad, op=dist.ReduceOp.AVG, async_op=True)
-        return Reduction([work], grad)
+        part = torch.empty_like(self.share(name, grad))
+        work = reduce_scatter(part, grad.contiguous(), op=dist.ReduceOp.AVG, async_op=True)
+        return Reduction([work], part)
 
     def finish_reduction(self, reduction: Reduction) -> Tensor:
         """Waits for it; returns this rank's part of the mean gradient."""
@@ -2635,6 +2705,8 @@ class Optimizer:
         dist.all_to_all_single(receives, sends)
         splits = receives.tolist(), sends.tolist()
         arriving = sum(splits[0])
+        if grad.is_cuda:
+            rows = rows.pin_memory()  # the copy of others would wait until the device gets there
         rows = rows.to(grad.device, non_blocking=True)
         their_rows = rows.new_empty(arriving)
         values = grad.new_empty(arriving, grad.size(1))

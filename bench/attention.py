@@ -51,7 +51,7 @@ def flex_options(forward: tuple[int, ...], backward: tuple[int, ...]) -> dict[st
     return named | {f"bwd_{name}": value for name, value in options.items()}
 
 
-def own(options: dict[str, int], docs: Tensor, window: int, scale: Tensor) -> Callable:
+def own(options: dict[str, int], docs: Tensor, window: int) -> Callable:
     """train_gpt.py's attention of q, k, v (T, H, d), with options for FlexAttention's kernels where it is that."""
     torch.compiler.reset()
     train_gpt.flex_attention = partial(flex_attention, kernel_options=options)
@@ -59,21 +59,21 @@ def own(options: dict[str, int], docs: Tensor, window: int, scale: Tensor) -> Ca
         mask = train_gpt.block_mask(docs, torch.tensor(window, device=docs.device))
     else:
         mask = train_gpt.banded_mask(docs, window)
-    return lambda q, k, v: train_gpt.attend(q, k, v, mask, scale)
+    return lambda q, k, v: train_gpt.attend(q, k, v, mask)
 
 
-def flash(docs: Tensor, window: int, scale: Tensor) -> Callable:
+def flash(docs: Tensor, window: int) -> Callable:
     """The same by FlashAttention for documents of any lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = docs.unique_consecutive(return_counts=True)[1]
     starts, longest = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
     sizes = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": longest, "max_k": longest}
-    return partial(varlen_attn, **sizes, window_size=(window, 0), scale=scale.item())
+    return partial(varlen_attn, **sizes, window_size=(window, 0), scale=1)
 
 
 def implementations(cuda: bool) -> dict[str, Callable]:
-    """By name, functions of document numbers (T,), window and scale that return attention."""
+    """By name, functions of document numbers (T,) and window that return attention."""
     found = {"train_gpt.py": partial(own, {})}
     if cuda:
         found |= {f"FlexAttention {sizes[0]}, {sizes[1]}": partial(own, flex_options(*sizes)) for sizes in FLEX}
@@ -114,21 +114,23 @@ def milliseconds(function: Callable, *inputs, count: int = 10) -> float:
 def measure(make: Callable, config: train_gpt.ModelConfig, docs: Tensor, windows, dtype, trains: bool):
     """Milliseconds forward, and backward, of all attention layers on one sequence; the largest error of an output."""
     forward = backward = error = 0.0
-    scale = torch.tensor(config.attention_scale, device=docs.device)
     kinds = collections.Counter((row.paired_heads, row.window) for row in config.rows if row.attention)
     for (paired, window), layers in kinds.items():
         pair = 2 if paired else 1
         each, width = docs.repeat_interleave(pair), windows[window == "long"]
         shape = len(each), config.heads // pair, config.dim // config.heads
-        qkv = [torch.randn(shape, device=docs.device, dtype=dtype, requires_grad=trains) for _ in range(3)]
-        attention = make(each, width, scale)
+        qkv = [torch.randn(shape, device=docs.device, dtype=dtype) for _ in range(3)]
+        qkv[0] *= config.attention_scale
+        for x in qkv:
+            x.requires_grad_(trains)
+        attention = make(each, width)
         once = milliseconds(attention, *qkv)
         forward += layers * once
         if trains:
             backward += layers * (milliseconds(gradients, attention, qkv, torch.randn_like(qkv[0])) - once)
         # Causal: the start of the output is the output of the start.
         start = [x.detach()[:CHECKED].float() for x in qkv]
-        exact = train_gpt.attend(*start, train_gpt.banded_mask(each[:CHECKED], width), scale)
+        exact = train_gpt.attend(*start, train_gpt.banded_mask(each[:CHECKED], width))
         error = max(error, relative_error(attention(*qkv).detach()[:CHECKED], exact))
     return forward, backward, error
 

@@ -181,6 +181,8 @@ def kernels_of(scheduler, graph, config) -> Iterator[Kernel]:
             product = flops > 0
             if str(call.target).startswith("train_gpt.add_rows"):
                 total = 3 * bytes_of(call.args[2].meta["val"])  # of `out` as many rows, read and written
+            if str(call.target).startswith("train_gpt.transpose"):
+                total = 2 * bytes_of(call.args[0].meta["val"])  # its output is an input, too
         else:
             total, shapes = fused_traffic(node, graph)
         part = part_of_step(node.is_template(), product, shapes, functions_of(origins), config)
@@ -197,7 +199,7 @@ def part_of_step(template: bool, product: bool, shapes: list, functions: Counter
     vocab = config.padded_vocab
     rows = {shape[0] for shape in shapes if len(shape) == 2 and shape[0] >= vocab and shape[0] % vocab == 0}
     rows |= {config.bigram_table_rows} & sizes
-    if rows and not product:
+    if rows and not product and "transposed" not in functions:
         return "embedding tables"
     if vocab in sizes:
         return "head and loss"
@@ -264,7 +266,8 @@ def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Itera
             travels = share * width * (there + count) * (RANKS - 1) / RANKS
             yield Kernel("communication", int(travels), launches=2 * share)
         else:
-            yield Kernel("communication", int(share * width * 2 * count), launches=share)
+            yield Kernel("communication", int(share * 4 * 2 * count), launches=0)
+    yield Kernel("communication", 0, launches=adam)  # of all small ones together
 
 
 # ---- The table -----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def parts(settings, model):
     objective = torch.compile(fake_cuda.place(model), dynamic=False, fullgraph=True)
 
     def sequence(length: int):
-        table = empty(2 * length, 1, config.dim // config.heads // 4, dtype=dtype)
+        table = empty(2 * length, 1, config.dim // config.heads // 2, dtype=dtype)
         windows = empty(dtype=torch.int64), empty(dtype=torch.int64)
         prefix_of = empty(config.vocab_size, dtype=torch.int64) if settings.has_prefixes else None
         mtp = empty(len(settings.stages[0].mtp[0]))

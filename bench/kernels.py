@@ -77,7 +77,7 @@ def cases(device: str, tokens: int) -> Iterator[Case]:
         "MLP backward, bf16", 90, train_gpt.relu_squared_gradient,
         lambda x, w, post: 2 * (x @ w.T) * post.sqrt(), (x, w, post), flops=product,
     )  # fmt: skip
-    (x8, w8), scales = zip(*(train_gpt.quantize_to_fit(each) for each in (x, w)))
+    (x8, w8), scales = zip(*(train_gpt.quantize_to_fit(*each) for each in ((x, (1,)), (w, (0, 1)))))
     post_scale = torch.tensor(0.1, device=device)
     yield Case(
         "MLP forward, FP8", 90, lambda x, w: train_gpt.relu_squared_fp8(x, w, *scales, post_scale)[0],

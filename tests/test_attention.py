@@ -53,7 +53,8 @@ def random_qkv(length, generator, heads=2, dim=16):
 
 def assert_equals_dense_attention(docs, window, generator):
     qkv = [x.requires_grad_() for x in random_qkv(len(docs), generator)]
-    output = attend(*qkv, banded_mask(docs, window), torch.tensor(SCALE))
+    q, k, v = qkv
+    output = attend(SCALE * q, k, v, banded_mask(docs, window))
     weight = torch.randn(output.shape, generator=generator)
     gradients = torch.autograd.grad((output * weight).sum(), qkv)
 
@@ -111,7 +112,8 @@ def test_composed_heads_and_their_gradients_equal_a_dense_mixture_of_the_heads_p
     y, q, k, v = (torch.randn(length, heads, dim, generator=generator) for _ in range(4))
     w_in, w_out = (torch.randn(length, heads, generator=generator) for _ in range(2))
     mine = [tensor.clone().requires_grad_() for tensor in (y, q, k, v, w_in, w_out)]
-    out = compose_heads(*mine, banded_mask(docs, DC_WINDOW - 1, DC_WINDOW), torch.tensor(scale))
+    y, q, *rest = mine
+    out = compose_heads(y, scale * q, *rest, banded_mask(docs, DC_WINDOW - 1, DC_WINDOW))
 
     exact = [tensor.double().requires_grad_() for tensor in (y, q, k, v, w_in, w_out)]
     y, q, k, v, w_in, w_out = exact
@@ -131,9 +133,9 @@ def test_numbers_of_a_masked_key_are_never_read():
     generator = torch.Generator().manual_seed(0)
     docs, window = random_docs(50, 0.1, generator), 6
     q, k, v = random_qkv(50, generator)
-    before = attend(q, k, v, banded_mask(docs, window), torch.tensor(SCALE))
+    before = attend(q, k, v, banded_mask(docs, window))
     k[20], v[20] = 1e4, 1e4
-    after = attend(q, k, v, banded_mask(docs, window), torch.tensor(SCALE))
+    after = attend(q, k, v, banded_mask(docs, window))
     sees = allowed_pairs(docs, window)[:, 20]
     assert torch.equal(before[~sees], after[~sees])
     assert not torch.isclose(before[sees], after[sees]).all(dim=(1, 2)).any()
@@ -206,7 +208,7 @@ def test_flex_attention_with_the_rule_of_block_mask_equals_dense_masked_softmax(
     generator = torch.Generator().manual_seed(window)
     docs = random_docs(300, 0.02, generator)
     q, k, v = random_qkv(300, generator)
-    output = attend(q, k, v, block_mask(docs, torch.tensor(window)), torch.tensor(SCALE))
+    output = attend(SCALE * q, k, v, block_mask(docs, torch.tensor(window)))
     expected = dense_attention(q.double(), k.double(), v.double(), allowed_pairs(docs, window))
     assert (output - expected).abs().max() <= 1e-5
 
@@ -304,13 +306,13 @@ def test_rotary_frequencies_fall_geometrically_from_1_to_1_in_1024():
 def norm_and_rotate(x):
     """q and k of projections x (T, 2H, d), side by side, as plain heads have them: after QK norm and rotary."""
     length, heads, dim = x.shape
-    context = make_context(ModelConfig((), dim=dim, heads=1), length, (1, 1), x)
+    context = make_context(ModelConfig((), dim=dim, heads=1, attention_scale=1), length, (1, 1), x)
     begins = torch.arange(length) == 0
     # Attention's input is the norm of (1, 0, …), (0, 1, 0, …), …, out of which W_qk makes the projections.
     a = torch.eye(length)
     w = collections.defaultdict(lambda: None)
-    w |= {"qk": x.flatten(1).T / length**0.5, "v": torch.zeros(heads // 2 * dim, length)}
-    q, k, *_ = project(a, None, begins, context[:2], w, heads // 2, offset=False, paired=False)
+    w["qkv"] = torch.cat((x.flatten(1).T / length**0.5, torch.zeros(length, length)))
+    q, k, *_ = project(a, None, begins, context[:3], w, heads // 2, offset=False, paired=False)
     return torch.cat((q, k), dim=1)
 
 
@@ -328,7 +330,7 @@ def test_one_rotation_worked_by_hand():
 
 
 def test_the_first_half_of_the_normed_channels_turns_as_complex_numbers_and_the_second_stays():
-    length, heads, dim = 9, 4, 24
+    length, heads, dim = 10, 4, 24
     x = 3 * torch.randn(length, heads, dim, generator=torch.Generator().manual_seed(0))
     x[4] *= 1e-4  # so small that the norm's epsilon counts
     rotated = norm_and_rotate(x)

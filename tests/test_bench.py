@@ -173,8 +173,8 @@ def test_flash_attention_sees_what_banded_attention_sees(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     docs = torch.tensor([1] * 7 + [2] + [3] * 40 + [4] * 9)
     q, k, v = torch.randn(3, len(docs), 2, 16)
-    found = attention.flash(docs, 5, torch.tensor(0.1))(q, k, v)
-    expected = train_gpt.attend(q, k, v, train_gpt.banded_mask(docs, 5), torch.tensor(0.1))
+    found = attention.flash(docs, 5)(q, k, v)
+    expected = train_gpt.attend(q, k, v, train_gpt.banded_mask(docs, 5))
     torch.testing.assert_close(found, expected)
 
 

@@ -70,7 +70,7 @@ def sequence(config, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.compile(fullgraph=True, dynamic=False)
 def flex(q, k, v, docs, window, scale):
-    return train_gpt.attend(q, k, v, train_gpt.block_mask(docs, window), scale)
+    return train_gpt.attend((scale * q.float()).to(q.dtype), k, v, train_gpt.block_mask(docs, window))
 
 
 def attention_by_pairs(q, k, v, docs, window, scale):
@@ -107,7 +107,8 @@ def test_flex_attention_is_the_banded_attention():
     scale = torch.tensor(0.12, device=CUDA)
     for window in 64, 300:
         by_blocks = flex(q, k, v, docs, torch.tensor(window, device=CUDA), scale)
-        banded = train_gpt.banded_attend(q, k, v, train_gpt.banded_mask(docs, window), scale)
+        scaled = (scale * q.float()).to(BF16)
+        banded = train_gpt.banded_attend(scaled, k, v, train_gpt.banded_mask(docs, window))
         for one, other in zip(
             (by_blocks, *torch.autograd.grad(by_blocks, (q, k, v), upstream)),
             (banded, *torch.autograd.grad(banded, (q, k, v), upstream)),

@@ -149,9 +149,9 @@ def test_mlp_in_8_bits_stores_the_square_in_bf16_and_in_e4m3_and_finds_its_maxim
     rows, inner, columns, headroom, kernel, monkeypatch
 ):
     """By the kernel, and as older GPUs do it. With a headroom of 0.5 the largest squares are clipped."""
-    (x, x_scale), (w, w_scale) = (
-        train_gpt.quantize_to_fit(torch.randn(shape).to(BF16)) for shape in ((rows, inner), (columns, inner))
-    )
+    x, x_scale = train_gpt.quantize_to_fit(torch.randn(rows, inner).to(BF16) * torch.rand(rows, 1), (1,))
+    w, w_scale = train_gpt.quantize_to_fit(torch.randn(columns, inner).to(BF16), (0, 1))
+    assert x_scale.shape == (rows, 1) and (x.float().abs().amax(1) == 448).all()
     square = F.relu(x.double() @ w.double().T * x_scale * w_scale).square()
     scale = (square.max() * headroom / 448).float()
     if not kernel:
@@ -188,8 +188,8 @@ def test_mlp_and_its_gradients(fp8):
     given = [each.to(BF16).requires_grad_() for each in (x, w_in, w_out)]
     eight, post_scale = (), torch.tensor(0.2)
     if fp8:
-        w_in8, w_in_scale = train_gpt.quantize_to_fit(given[1].detach())
-        w_out8, w_out_scale = train_gpt.quantize_to_fit(given[2].detach())
+        w_in8, w_in_scale = train_gpt.quantize_to_fit(given[1].detach(), (0, 1))
+        w_out8, w_out_scale = train_gpt.quantize_to_fit(given[2].detach(), (0, 1))
         eight = train_gpt.MLP8(w_in8, w_in_scale, w_out8.T.contiguous(), w_out_scale, post_scale)
     y, maxima = train_gpt.MLP.apply(*given, *eight)
     upstream = torch.randn(48, 32).to(BF16)
@@ -198,7 +198,9 @@ def test_mlp_and_its_gradients(fp8):
     x, w_in, w_out = (each.detach().double().requires_grad_() for each in given)
     first = x, w_in
     if fp8:  # the values are rounded, the gradients pass
-        first = [each + (emulated(each.detach()) - each.detach()) for each in first]
+        largest = x.detach().abs().amax(1, keepdim=True).float() / 448  # of each row
+        eights = emulated(x.detach(), largest), emulated(w_in.detach())
+        first = [each + (eight - each.detach()) for each, eight in zip(first, eights)]
     pre = first[0] @ first[1].T
     post = F.relu(pre).square()
     expected = post @ w_out

@@ -502,11 +502,11 @@ class Mix(NamedTuple):
     """
 
     attn_resid: Tensor  # the residual stream, when attention's output is added
-    attn_post: Tensor  # attention's output
     x0: Tensor  # x0, added after attention; in MUDD's layer the residual stream's start
     bigram: Tensor  # the bigram embedding, added after attention
     mlp_resid: Tensor  # the residual stream, when the MLP's output is added
     mlp_post: Tensor  # the MLP's output
+    attn_post: Tensor | None = None  # attention's output; None where W_out has been multiplied
 
 
 # A layer multiplies the residual stream by 1.1 (√1.1 at each of its two sums), so that what late
@@ -1976,7 +1976,9 @@ def add_attention(
     if gate is not None:
         y = gate[:, :, None] * y
     y = y.flatten(1) @ w["out"].T
-    x = mix.attn_resid * x + mix.attn_post * y + mix.x0 * x0
+    if mix.attn_post is not None:
+        y = mix.attn_post * y
+    x = mix.attn_resid * x + y + mix.x0 * x0
     if bigram is not None:
         x = add_bigram(x, bigram, mix.bigram)
     return x
@@ -2022,7 +2024,7 @@ def mudd_before(
         gated = torch.cat((c.value_gate_1 * half_1, c.value_gate_2 * half_2), dim=1)
         added = added + gated
     x = c.start * start + c.earlier * earlier + (1 + c.stream) * x
-    mix = Mix(c.attn_resid, c.attn_post, c.x0, c.bigram, c.mlp_resid, c.mlp_post)
+    mix = Mix(c.attn_resid, c.x0, c.bigram, c.mlp_resid, c.mlp_post, c.attn_post)
     return x, added, mix
 
 
@@ -2080,6 +2082,8 @@ class GPT(nn.Module):
         paired = [self.rows[layer].paired_heads for layer in self.attending]
         each = torch.tensor(paired).view(-1, 1, 1) if any(paired) else None
         self.register_buffer("paired", each, persistent=False)
+        attending = torch.tensor(self.attending, dtype=torch.long)
+        self.register_buffer("attending_layers", attending, persistent=False)
         signs = None
         if config.bigram:
             # From a seed of its own, on the CPU: the same on every device, for every --seed.
@@ -2340,7 +2344,12 @@ class GPT(nn.Module):
 
         # For all layers at once, which saves some hundred small kernels, most of them backward.
         qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
-        out_lambdas = self.out_lambdas.to(dtype)[:, None, None]
+        # W_out takes in what attention's output is multiplied by. (MUDD's layer does it by token.)
+        attn_post = self.post_lambdas[:, 0]
+        for layer in self.config.layers_with("mudd"):
+            attn_post = attn_post.select_scatter(torch.ones_like(attn_post[0]), 0, layer)
+        attn_post = attn_post.index_select(0, self.attending_layers)
+        out_lambdas = (self.out_lambdas * attn_post).to(dtype)[:, None, None]
         w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
         qkv = {}
         for name, (those, _) in self.qk_banks.items():
@@ -2375,17 +2384,14 @@ class GPT(nn.Module):
     def layer_mixes(self, length: int) -> list[Mix]:
         """Each layer's `Mix`, of the learned scalars; 0 in the place of what networks make."""
         attn_resid, mlp_resid = self.resid_lambdas.unbind(1)
-        attn_post, mlp_post = self.post_lambdas.unbind(1)
         x0, bigram = self.x0_lambdas, self.bigram_lambdas
         if x0 is None:
-            x0 = torch.zeros_like(attn_post)
+            x0 = torch.zeros_like(attn_resid)
         if bigram is None:
-            bigram = torch.zeros_like(attn_post)
+            bigram = torch.zeros_like(attn_resid)
         # Spread over the tokens: one sum over them then makes the gradients of all the scalars,
         # which otherwise take a kernel each. Contiguous like MUDD's, so that one graph serves both.
-        stacked = torch.stack(
-            Mix(attn_resid, attn_post, x0, bigram, mlp_resid, mlp_post)
-        )
+        stacked = torch.stack((attn_resid, x0, bigram, mlp_resid, self.post_lambdas[:, 1]))
         spread = stacked.to(self.embed.dtype).flatten()[:, None, None].expand(-1, length, 1)
         each = spread.contiguous().unbind()
         count = len(self.rows)

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import re
+import statistics
 import zlib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -425,13 +426,20 @@ def test_the_objective_and_its_gradients_equal_the_references(variant):
 
 
 def test_in_bfloat16_the_stream_stays_bfloat16_and_the_losses_near():
+    """On the average of 15 models that differ by a rounding: how much it amplifies is a matter of luck."""
     model = GPT(SMALL, torch.bfloat16)
-    model.load_state_dict(random_model(SMALL).state_dict())
     context = make_context(SMALL, len(INPUTS), WINDOWS, model.embed, ROTARY)
-    assert model.stream(torch.tensor(INPUTS), context).dtype == torch.bfloat16
-    mine = model.evaluate(torch.tensor(INPUTS), torch.tensor(TARGETS), context)
-    assert mine.dtype == torch.float32
-    assert (mine - expected_losses(model)).abs().mean() < 0.1
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(15):
+        model.load_state_dict(random_model(SMALL).state_dict())
+        for p in model.parameters():
+            p.data *= 1 + 2**-9 * torch.randn(p.shape, generator=generator).to(p.dtype)
+        assert model.stream(torch.tensor(INPUTS), context).dtype == torch.bfloat16
+        mine = model.evaluate(torch.tensor(INPUTS), torch.tensor(TARGETS), context)
+        assert mine.dtype == torch.float32
+        errors.append((mine - expected_losses(model)).abs().mean().item())
+    assert statistics.fmean(errors) < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -476,7 +484,7 @@ def test_smear_and_bigram_look_one_token_back(technique):
 def test_xsa_takes_out_the_part_along_the_tokens_own_value():
     y = torch.tensor([[[3.0, 4, 0]]])  # one token, one head
     w = {"xsa_alphas": torch.tensor([math.atanh(0.5)]), "out": torch.eye(3)}
-    mix = Mix(attn_resid=0, attn_post=1, x0=0, bigram=0, mlp_resid=0, mlp_post=0)
+    mix = Mix(attn_resid=0, x0=0, bigram=0, mlp_resid=0, mlp_post=0)
     x = torch.zeros(1, 3)
     for v, expected in (
         ([2.0, 0, 0], [1.5, 4, 0]),  # half of (3, 0, 0)

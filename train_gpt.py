@@ -2324,15 +2324,12 @@ class GPT(nn.Module):
     def layer_weights(self, length: int, fp8: bool) -> tuple[list[dict], list[Mix]]:
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
 
-        Of a layer: the matrices, times their scalars [47]: qkv (3D, D), or (2D, D) where Q and K
-        are narrow, out (D, D), mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and
-        its row of every parameter whose row in the table has `layers`, by the parameter's name.
-        What a layer lacks is None.
+        Of a layer: the matrices, times their scalars [47]: qkv and out (see `attention_weights`),
+        mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and its row of every
+        parameter whose row in the table has `layers`, by the parameter's name. What a layer lacks
+        is None.
         """
-        dtype = self.embed.dtype
-        dim, heads = self.config.dim, self.config.heads
-        attending = self.attending
-        count, n = len(self.rows), len(attending)
+        count = len(self.rows)
         layers = [{} for _ in range(count)]
 
         def hand_out(name: str, to: Iterable[int], parts: Iterable) -> None:
@@ -2342,14 +2339,31 @@ class GPT(nn.Module):
             for layer, part in zip(to, parts):
                 layers[layer][name] = part
 
+        qkv, out = self.attention_weights()
+        mlp_matrices = self.mlp_bank.unbind()
+        hand_out("qkv", qkv.keys(), qkv.values())
+        hand_out("out", out.keys(), out.values())
+        hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
+        hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
+        hand_out("mlp8", range(count), zip(*map(torch.unbind, self.mlp8)) if fp8 else ())
+        for name in ("head_gates", "skip", "dc_in", "dc_out"):
+            hand_out(name, [], [])  # `make_gates` puts them in
+        for name, row in self.table.items():
+            if row is None:  # which may have been some layers': all have None
+                hand_out(name, [], [])
+            elif row.layers is not None:  # the layers' own parameters
+                parts = getattr(self, name).to(self.embed.dtype).unbind()
+                hand_out(name, row.layers, parts)
+        return layers, self.layer_mixes(length)
+
+    def attention_weights(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """W_qkv (3D, D), or (2D, D) where Q and K are narrow, and W_out (D, D) of each layer."""
         # For all layers at once, which saves some hundred small kernels, most of them backward.
+        dtype = self.embed.dtype
+        dim, heads = self.config.dim, self.config.heads
+        attending = self.attending
+        n = len(attending)
         qkv_lambdas = self.qkv_lambdas.to(dtype)[:, None, None]
-        # W_out takes in what attention's output is multiplied by. (MUDD's layer does it by token.)
-        attn_post = self.post_lambdas[:, 0]
-        for layer in self.config.layers_with("mudd"):
-            attn_post = attn_post.select_scatter(torch.ones_like(attn_post[0]), 0, layer)
-        attn_post = attn_post.index_select(0, self.attending_layers)
-        out_lambdas = (self.out_lambdas * attn_post).to(dtype)[:, None, None]
         w_v, w_o = self.vo_bank[: n * 2].unflatten(0, (n, 2)).unbind(1)
         qkv = {}
         for name, (those, _) in self.qk_banks.items():
@@ -2363,23 +2377,15 @@ class GPT(nn.Module):
                 v, lambdas = (torch.stack([x[i] for i in places]) for x in (v, lambdas))
                 paired = None if paired is None else torch.stack([paired[i] for i in places])
             qkv |= zip(those, (lambdas * join_qkv([w_q, w_k, v], paired, heads)).unbind())
+        # W_out takes in what attention's output is multiplied by. (MUDD's layer does it by token.)
+        attn_post = self.post_lambdas[:, 0]
+        for layer in self.config.layers_with("mudd"):
+            attn_post = attn_post.select_scatter(torch.ones_like(attn_post[0]), 0, layer)
+        out_lambdas = self.out_lambdas * attn_post.index_select(0, self.attending_layers)
         if self.paired is not None:
             w_o = torch.where(self.paired, even_heads_first(w_o, heads, 2), w_o)
-        out = out_lambdas * w_o
-        mlp_matrices = self.mlp_bank.unbind()
-        hand_out("qkv", qkv.keys(), qkv.values())
-        hand_out("out", attending, out.unbind())
-        hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
-        hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
-        hand_out("mlp8", range(count), zip(*map(torch.unbind, self.mlp8)) if fp8 else ())
-        for name in ("head_gates", "skip", "dc_in", "dc_out"):
-            hand_out(name, [], [])  # `make_gates` puts them in
-        for name, row in self.table.items():
-            if row is None:  # which may have been some layers': all have None
-                hand_out(name, [], [])
-            elif row.layers is not None:  # the layers' own parameters
-                hand_out(name, row.layers, getattr(self, name).to(dtype).unbind())
-        return layers, self.layer_mixes(length)
+        out = out_lambdas.to(dtype)[:, None, None] * w_o
+        return qkv, dict(zip(attending, out.unbind()))
 
     def layer_mixes(self, length: int) -> list[Mix]:
         """Each layer's `Mix`, of the learned scalars; 0 in the place of what networks make."""

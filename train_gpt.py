@@ -2060,6 +2060,7 @@ class GPT(nn.Module):
         self.config = config
         self.rows = config.rows
         self.attending = config.layers_with("attention")
+        self.mudd_layers = config.layers_with("mudd")
         self.qk_banks = qk_banks(config)
         self.gate_networks = gate_networks(config)
         self.kernels = kernels
@@ -2379,7 +2380,7 @@ class GPT(nn.Module):
             qkv |= zip(those, (lambdas * join_qkv([w_q, w_k, v], paired, heads)).unbind())
         # W_out takes in what attention's output is multiplied by. (MUDD's layer does it by token.)
         attn_post = self.post_lambdas[:, 0]
-        for layer in self.config.layers_with("mudd"):
+        for layer in self.mudd_layers:
             attn_post = attn_post.select_scatter(torch.ones_like(attn_post[0]), 0, layer)
         out_lambdas = self.out_lambdas * attn_post.index_select(0, self.attending_layers)
         if self.paired is not None:

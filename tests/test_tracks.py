@@ -117,7 +117,9 @@ def trained(monkeypatch):
         assert script == "train_gpt.py" and settings.total_steps == 8
         made[path.name] = settings
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_log(path, 1.5, [100], preset=settings.preset, seed=settings.seed)
+        beside = path.with_suffix(".part")  # at once, as another thread may read what there is
+        write_log(beside, 1.5, [100], preset=settings.preset, seed=settings.seed)
+        beside.rename(path)
 
     monkeypatch.setattr(train_gpt, "PRESETS", recipe.PRESETS)
     monkeypatch.setattr(ablate, "train", train)

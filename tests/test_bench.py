@@ -278,10 +278,11 @@ def test_what_runs_every_second_step_is_counted_half():
     table = {"lm_head": train_gpt.ParameterRow("table", (800, 10), None, (0.5, 0.95), 1, 1, None)}
     settings = recipe.RECORD
     hypers = [train_gpt.schedule(settings, step) for step in range(4)]
-    update, travel = cost.optimizer_kernels(settings, table, 1, hypers)
+    update, travel, small = cost.optimizer_kernels(settings, table, 1, hypers)
     # An eighth of the parameters: weights in bf16 read and written, gradients read, two float32 averages likewise.
     assert (update.bytes, update.launches) == (1000 * 22 / 2, 0.5)
     assert travel.bytes == 8000 * (2 + 2) * 7 / 8 / 2
+    assert small == cost.Kernel("communication", 0, launches=0.5)  # one reduction, of what is small
 
 
 @pytest.mark.slow

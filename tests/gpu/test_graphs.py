@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 # The table of `tiny` with all it has, and half its width.
 CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=128, heads=2, bigram_rows=1, gates=True, narrow_qk=True)
 TINY = replace(recipe.TINY, model=CONFIG)
-LENGTH = 256  # two of FlexAttention's blocks
+LENGTH = 384  # three of FlexAttention's blocks
 # Relative errors of gradients and updates: of banks and tables, and of what has few numbers. A bf16 has 8 bits, so that
 # one part in 256 is lost at each rounding; where the CPU's bf16 (or FP8) is farther from float32, as with sums in which
 # much cancels, twice as far is allowed.

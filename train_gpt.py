@@ -905,8 +905,8 @@ def mlp_kernel(
 ):
     """Blocks of out (n, m) = relu(A B^T)^2; with `post`, the square itself, 2 (A B^T) sqrt(post).
 
-    a, b, post, out and out8 are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's,
-    of each row of A and of B.
+    a, b, post, out and out8 are tensor descriptors, of A (n, k) and B (m, k). The scales are FP8's:
+    one for each row of A, and one for B.
     With `out8` the square goes there, too, in 8 bits, and into `maxima` the largest by program.
     """
     down = tl.cdiv(n, ROWS)

@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
 # What a GPU can say about this project in half an hour, in order of worth.
 #
-#     bench/gpu.sh [FOLDER]     results go to FOLDER (default: logs/gpu), and what they add up to into FOLDER/summary.md
+#     bench/gpu.sh [FOLDER] [any option of train_gpt.py]
 #
-# Each part has a limit in seconds, writes its output as it comes, and stops no other: a part that fails says so in the
-# summary. It needs a GPU, PyTorch with CUDA and the packages of tests/requirements.txt; no shards and no network, but for
-# GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR may have. Environment: PYTHON, PRESET (record), STEPS (100).
+# Results go to FOLDER (default: logs/gpu), and what they add up to into FOLDER/summary.md. Each part has a limit in
+# seconds, writes its output as it comes, and stops no other: a part that fails says so in the summary. It needs a GPU,
+# of whatever size (a batch is cut finer where the GPU is small), PyTorch with CUDA and the packages of
+# tests/requirements.txt; no shards and no network, but for GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR may have.
+# Environment: PYTHON, PRESET (record), STEPS (100), LIMIT (seconds that no part may take more than).
 set -uo pipefail
 CDPATH='' cd -- "$(dirname "$0")/.."
 python=${PYTHON:-python} preset=${PRESET:-record} steps=${STEPS:-100}
-out=${1:-logs/gpu}
+out=logs/gpu
+case "${1:-}" in
+    "" | -*) ;;
+    *) out=$1; shift ;;
+esac
 mkdir -p "$out/data"
 out=$(cd "$out" && pwd)
 summary=$out/summary.md
 {
     echo "# $preset on a GPU"
+    echo
+    nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || echo "no GPU found"
     echo
     echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo none), $(date -u '+%Y-%m-%d %H:%M') UTC"
     echo
@@ -26,6 +34,7 @@ summary=$out/summary.md
 part() {
     local name=$1 limit=$2 begin=$SECONDS status=0 result=ok
     shift 2
+    if [ "${LIMIT:-$limit}" -lt "$limit" ]; then limit=$LIMIT; fi
     echo "$name: $*" >&2
     timeout --kill-after 10 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
@@ -48,24 +57,28 @@ if [ "$preset" = tiny ]; then tokenizer=bytes; fi
 export python out
 export -f text_shards
 
-data=(--train-files "$out/data/*_train_*.bin" --val-files "$out/data/*_val_*.bin" --epochs 1000)
-short=("${data[@]}" --preset "$preset" --steps "$steps" --val-every 1000 --val-tokens 262144)
-if [ "$preset" = tiny ]; then short+=(--val-seq-len 16384); fi
-
 part environment 60 bash -c 'nvidia-smi; "$python" -c "import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)"'
 part kernels 240 "$python" -m pytest -q tests/gpu/test_kernels.py
 part shards 150 bash -c "text_shards $tokenizer"
-part training 420 "$python" train_gpt.py "${short[@]}" --run-id "gpu_$preset"
+part slices 60 "$python" bench/plan.py --preset "$preset" --fit
+read -ra fit < <(grep -o '^--slices [0-9]*$' "$out/slices.txt")
+
+run=(--preset "$preset" --train-files "$out/data/*_train_*.bin" --val-files "$out/data/*_val_*.bin" --epochs 1000)
+run+=("${fit[@]}" "$@")
+short=(--steps "$steps" --val-every 1000 --val-tokens 262144)
+if [ "$preset" = tiny ]; then short+=(--val-seq-len 16384); fi
+
+part training 420 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "gpu_$preset"
 part graphs 300 "$python" -m pytest -q tests/gpu/test_graphs.py tests/gpu/test_training.py -m "slow or not slow"
-part step_time 300 "$python" bench/step_time.py --preset "$preset" "${data[@]}" --profile 10
+part step_time 300 "$python" bench/step_time.py "${run[@]}" --profile 10
 part kernel_times 120 "$python" bench/kernels.py
-part attention 150 "$python" bench/attention.py --preset "$preset" "${data[@]}"
-part memory 240 "$python" bench/plan.py --preset "$preset" --measure
-part plain 300 "$python" train_gpt.py "${short[@]}" --run-id "gpu_${preset}_plain" --kernels false --fp8 false
+part attention 150 "$python" bench/attention.py "${run[@]}"
+part memory 240 "$python" bench/plan.py "${run[@]}" --measure
+part plain 300 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "gpu_${preset}_plain" --kernels false --fp8 false
 
 # The same steps with the kernels and without: losses side by side.
 losses() {
-    grep -h '^step:.*val_loss' "$out/$1.txt" | tail -n 1
+    grep -h '^step:.*val_loss' "$out/$1.txt" | tail -n 1 | grep . || echo none
 }
 {
     echo

@@ -14,9 +14,11 @@ machine has what it takes.
 import ctypes
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +65,7 @@ def start(library: Path) -> None:
     fake_cuda.set_device(90)
     fake_cuda.set_driver(90, fake_cuda.Compiled())
     prepare_torch()
+    answer_for_the_device()
     widen_blocks()
     multiply_fp8()
 
@@ -92,6 +95,32 @@ def prepare_torch() -> None:
     fake_tensor.init_gpu_context = fuse_attention._sfdp_init = lambda *args: None
     triton_helpers.set_driver_to_gpu = lambda: None
     config.shape_padding = config.use_static_triton_launcher = False
+
+
+def answer_for_the_device() -> None:
+    """What programs ask of torch.cuda: clocks, memory, a name."""
+    import torch
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.seconds = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1000 * (end.seconds - self.seconds)
+
+        def synchronize(self):
+            pass
+
+    stream = SimpleNamespace(record_event=lambda event: event)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    answers = {
+        "current_stream": stream, "get_device_name": "emulated", "empty_cache": None, "reset_peak_memory_stats": None,
+        "max_memory_allocated": memory, "max_memory_reserved": memory,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
+    torch.cuda.Event = Event
+    torch.Tensor.pin_memory = lambda self: self
 
 
 def widen_blocks() -> None:
@@ -265,6 +294,19 @@ def compute_libdevice(interpreter, tl) -> None:
     for name in dir(libdevice):
         if not name.startswith("_") and name != "jit" and callable(getattr(libdevice, name)):
             setattr(libdevice, name, computed(name))
+
+
+# ---- For whole programs --------------------------------------------------------------------------
+
+
+def every_python(library: Path) -> dict[str, str]:
+    """Environment variables with which every Python has the device: at its start it imports sitecustomize."""
+    folder = library.parent / "start"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport emulated_gpu\nemulated_gpu.start({str(library)!r})\n"
+    )
+    return {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 # ---- As a plugin of pytest: -p emulated_gpu ------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
 import command as command_module
+import emulated_gpu
 import recipe
 import train_gpt
 from test_command_line import MODEL, STAGES, enough  # noqa: F401 (a fixture)
@@ -193,6 +195,84 @@ def test_plan_names_the_slices_for_each_card(monkeypatch, capsys):
         assert needs[int(slices)] <= room
         assert slices == "8" or needs[int(slices) // 2] > room
     assert command("plan.py", "--slicez", "8").returncode == 2
+
+
+@pytest.mark.parametrize(("gigabytes", "answer"), [(80, "--slices 8"), (24, "--slices 32"), (2, None)])
+def test_plan_names_the_slices_that_fit_into_the_gpu_at_hand(gigabytes, answer, monkeypatch, capsys):
+    import plan
+
+    monkeypatch.setattr(train_gpt, "PRESETS", recipe.PRESETS)
+    monkeypatch.setattr(train_gpt, "find_world", lambda: train_gpt.World(0, 1, torch.device("cuda")))
+    card = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--fit"])
+    if answer:
+        plan.main()
+        assert capsys.readouterr().out == answer + "\n"
+    else:
+        with pytest.raises(command_module.UserError, match="does not fit into a GPU of 2,048 MiB"):
+            plan.main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A GPU's half hour
+# ----------------------------------------------------------------------------------------------------------------------
+
+PARTS = [
+    "environment", "kernels", "shards", "slices", "training", "graphs", "step_time", "kernel_times", "attention",
+    "memory", "plain",
+]  # fmt: skip
+
+
+def half_hour(out: Path, *options, **environment) -> tuple[dict[str, str], str]:
+    """The result of each part of gpu.sh by its name, and its summary."""
+    command = [BENCH / "gpu.sh", out, *options]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    summary = (out / "summary.md").read_text()
+    assert run.stdout == summary
+    results = dict(re.findall(r"^\| \[(\w+)\]\(\1\.txt\) \| (.+?) \| \d+ \|$", summary, re.MULTILINE))
+    assert list(results) == PARTS and all((out / f"{part}.txt").exists() for part in PARTS)
+    return results, summary
+
+
+def test_a_gpus_half_hour_says_what_failed_or_took_too_long_and_goes_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh
+        echo "$*" >> "$(dirname "$0")/calls"
+        case "$*" in
+            *kernels.py*) echo fine ;;
+            *--fit*) echo "--slices 32" ;;
+            *_plain*) echo "step:100/100 val_loss:3.5" ;;
+            *train_gpt.py*) echo begun; sleep 60 ;;
+            *) echo "a | b" >&2; exit 3 ;;
+        esac
+    """)
+    python.chmod(0o755)
+    results, summary = half_hour(tmp_path / "out", "--seed", "7", PYTHON=str(python), LIMIT="1")
+    failed = "failed with status 3: a / b"
+    assert results == {
+        **dict.fromkeys(PARTS, failed), "kernels": "ok", "slices": "ok", "training": "cut off after 1 s",
+        "kernel_times": "ok", "plain": "ok",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "training.txt").read_text() == "begun\n"
+    assert "kernels: none; without, in bf16: step:100/100 val_loss:3.5" in summary
+    assert "## kernel_times\n\nfine" in summary
+    calls = (tmp_path / "calls").read_text().splitlines()
+    runs = [call for call in calls if call.startswith(("train_gpt.py", "bench/step_time.py", "bench/attention.py"))]
+    assert len(runs) == 4 and all("--slices 32 --seed 7" in call for call in runs)
+
+
+@pytest.mark.slow
+def test_a_gpus_half_hour_is_rehearsed_on_an_emulated_one(tmp_path):
+    """Each part begins, and none fails; what takes longer than the limit is cut off."""
+    if what := emulated_gpu.missing():
+        pytest.skip(f"emulating a GPU {what}")
+    device = emulated_gpu.every_python(emulated_gpu.compile_device(tmp_path))
+    small = ("--dim", "64", "--heads", "1", "--slices", "64")
+    results, _ = half_hour(tmp_path / "out", *small, PRESET="tiny", STEPS="1", LIMIT="120", **device)
+    assert {results[part] for part in ("environment", "shards", "slices")} == {"ok"}
+    assert set(results.values()) <= {"ok", "cut off after 120 s"}, results
 
 
 # ----------------------------------------------------------------------------------------------------------------------

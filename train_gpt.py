@@ -1091,8 +1091,7 @@ def token_losses(
 
 
 # What a GPU has instructions for and Triton no expression. The kernel is bound by instructions, not
-# by memory: with a sigmoid of exp and division it has three times as many. Triton's interpreter
-# cannot run these: tests put their plain meaning in their place.
+# by memory: with a sigmoid of exp and division it has three times as many.
 
 
 @jit

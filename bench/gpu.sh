@@ -65,17 +65,19 @@ read -ra fit < <(grep -o '^--slices [0-9]*$' "$out/slices.txt")
 
 run=(--preset "$preset" --train-files "$out/data/*_train_*.bin" --val-files "$out/data/*_val_*.bin" --epochs 1000)
 run+=("${fit[@]}" "$@")
+id=gpu_$(date -u +%Y%m%d_%H%M%S)
 short=(--steps "$steps" --val-every 1000 --val-tokens 262144)
 if [ "$preset" = tiny ]; then short+=(--val-seq-len 16384); fi
 
-part training 420 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "gpu_$preset"
+part training 420 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "$id"
 part graphs 300 "$python" -m pytest -q tests/gpu/test_graphs.py tests/gpu/test_training.py -m "slow or not slow"
 part step_time 300 "$python" bench/step_time.py "${run[@]}" --profile 10
 part kernel_times 120 "$python" bench/kernels.py
 part attention 150 "$python" bench/attention.py "${run[@]}"
 part memory 240 "$python" bench/plan.py "${run[@]}" --measure
-part plain 300 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "gpu_${preset}_plain" --kernels false --fp8 false
+part plain 300 "$python" train_gpt.py "${short[@]}" "${run[@]}" --run-id "${id}_plain" --kernels false --fp8 false
 
+cp "logs/$id"*.txt "$out"
 # The same steps with the kernels and without: losses side by side.
 losses() {
     grep -h '^step:.*val_loss' "$out/$1.txt" | tail -n 1 | grep . || echo none

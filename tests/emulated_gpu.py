@@ -100,9 +100,13 @@ def prepare_torch() -> None:
 def answer_for_the_device() -> None:
     """What programs ask of torch.cuda: clocks, memory, a name."""
     import torch
+    from triton.runtime import driver
 
     class Event:
         def __init__(self, enable_timing=False):
+            self.record()
+
+        def record(self):
             self.seconds = time.perf_counter()
 
         def elapsed_time(self, end):
@@ -120,7 +124,13 @@ def answer_for_the_device() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     torch.cuda.Event = Event
+    device = driver.active  # what triton.testing.do_bench asks
+    device.get_device_interface, device.get_empty_cache_for_benchmark = lambda: torch.cuda, lambda: None
+    device.clear_cache = lambda cache: None
     torch.Tensor.pin_memory = lambda self: self
+    # A square of this size is there to see how fast products are, and would take minutes.
+    plain_mm = torch.mm
+    torch.mm = lambda a, b, **options: a if a is b and len(a) == 8192 else plain_mm(a, b, **options)
 
 
 def widen_blocks() -> None:

@@ -269,7 +269,7 @@ def test_a_gpus_half_hour_is_rehearsed_on_an_emulated_one(tmp_path):
     if what := emulated_gpu.missing():
         pytest.skip(f"emulating a GPU {what}")
     device = emulated_gpu.every_python(emulated_gpu.compile_device(tmp_path))
-    small = ("--dim", "64", "--heads", "1", "--slices", "64")
+    small = ("--dim", "128", "--heads", "2", "--slices", "64")
     results, _ = half_hour(tmp_path / "out", *small, PRESET="tiny", STEPS="4", LIMIT="120", **device)
     assert {results[part] for part in ("environment", "shards", "slices")} == {"ok"}
     assert set(results.values()) <= {"ok", "cut off after 120 s"}, results

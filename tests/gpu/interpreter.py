@@ -1,17 +1,16 @@
 """Makes Triton's interpreter compute as a GPU does, where it does not: bf16 products, roundings, a GPU's instructions.
 
 Its bf16 product multiplies bit patterns, float32 to bf16 truncates, casts to FP8 round wrongly, and comparisons have
-the type of what they compare. `patch` has PyTorch do these, and puts plain expressions in the place of the instructions
-that train_gpt.py names: what these approximate. To be imported in a process that was started with TRITON_INTERPRET=1.
+the type of what they compare. `patch` has PyTorch do these; the instructions that train_gpt.py names are computed as
+what they approximate. To be imported in a process that was started with TRITON_INTERPRET=1.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
 from triton.runtime import interpreter
-
-import train_gpt
 
 TYPES = {
     tl.float32: (torch.float32, np.float32),
@@ -29,23 +28,14 @@ def convert(data: np.ndarray, source, target) -> np.ndarray:
     return given.to(kind).view(getattr(torch, np.dtype(bits).name)).numpy()
 
 
-@triton.jit
-def tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
-def exp2(x):
-    return tl.exp2(x)
-
-
-@triton.jit
-def to_bf16(x):
-    return x.to(tl.bfloat16)
+INSTRUCTIONS = {
+    "tanh.approx.f32": np.tanh,
+    "ex2.approx.ftz.f32": np.exp2,
+    "cvt.rn.bf16x2.f32": lambda data: convert(data, tl.float32, tl.bfloat16),
+}
 
 
 def patch() -> None:
-    train_gpt.tanh, train_gpt.exp2, train_gpt.to_bf16 = tanh, exp2, to_bf16
     builder = interpreter.InterpreterBuilder
     plain_cast = builder.cast_impl
 
@@ -59,6 +49,10 @@ def patch() -> None:
         a, b = (convert(each.data, each.dtype.scalar, tl.float32) for each in (a, b))
         return interpreter.TensorHandle(a @ b + d.data, d.dtype.scalar)
 
+    def inline_asm(self, asm, constraints, values, types, is_pure, pack):
+        output = interpreter.TensorHandle(INSTRUCTIONS[asm.split()[0]](values[0].data), types[0].scalar)
+        return SimpleNamespace(get_result=lambda number: output)
+
     def typed(compare):
         return lambda self, a, b: interpreter.TensorHandle(compare(self, a, b).data, tl.int1)
 
@@ -66,5 +60,6 @@ def patch() -> None:
         if name.startswith(("create_icmp", "create_fcmp")):
             setattr(builder, name, typed(getattr(builder, name)))
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast, cast, dot
+    builder.create_inline_asm = inline_asm
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast)

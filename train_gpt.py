@@ -185,6 +185,10 @@ class ModelConfig:
         7.5, "rows of the bigram table, times the padded vocabulary", low=0.001
     )
     bigram_dim: int = setting(768, "channels that the bigram embedding is added to", low=1)
+    ngram: int = setting(
+        2, "longest n-gram with an embedding: beyond 2, each has rows and channels like the bigram",
+        low=2, high=5,
+    )
     # Techniques.
     smear: bool = setting(True, "a token's embedding takes up some of the one before [34]")
     bigram: bool = setting(True, "bigram hash embedding with the sign trick [62, 83]")
@@ -207,7 +211,7 @@ class ModelConfig:
 
     @property
     def bigram_table_rows(self) -> int:
-        return round(self.bigram_rows * self.padded_vocab)
+        return (self.ngram - 1) * round(self.bigram_rows * self.padded_vocab)
 
     @property
     def has_gpt2_tokens(self) -> bool:
@@ -1837,21 +1841,39 @@ def widen(x: Tensor, dim: int) -> Tensor:
     return F.pad(x, (0, dim - x.size(1)))
 
 
-def bigram_hash(tokens: Tensor, begins: Tensor, rows: int) -> Tensor:
-    """The table row (T,) of each token and the one before it [62]: a hash in wrapping 32 bits.
+# What the hash of an n-gram multiplies its last token by, the one before it, and so on.
+NGRAM_FACTORS = 36313, 27191, 48611, 91193, 60013
+BIGRAM_SIGNS = 8192  # rows
 
-    The last row where a document begins.
+
+def ngram_rows(
+    tokens: Tensor, begins: Tensor, rows: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """The rows in the bigram table [62], and in the signs [83], of n-grams: (n, T) each.
+
+    They are those that end at a token: with the one before it, the bigram, and on to the `longest`.
+    Each length has an equal part of the table's `rows`, and there a hash in wrapping 32 bits says
+    which row; the last where a document begins. The first token stands in for what is before it.
     """
+    size = rows // (longest - 1)
     tokens = tokens.int()
-    hashed = (36313 * tokens) ^ (27191 * previous(tokens, begins))
-    return torch.where(begins, rows - 1, hashed % (rows - 1))
+    hashed, signs, earlier = NGRAM_FACTORS[0] * tokens, tokens, tokens
+    table_rows, sign_rows = [], []
+    for number in range(longest - 1):
+        earlier = previous(earlier, begins)
+        hashed = hashed ^ (NGRAM_FACTORS[number + 1] * earlier)
+        signs = signs ^ (earlier << 5 * number)
+        row = torch.where(begins, size - 1, hashed % (size - 1))
+        table_rows.append(number * size + row)
+        sign_rows.append(signs % BIGRAM_SIGNS)
+    return torch.stack(table_rows), torch.stack(sign_rows)
 
 
 @region
 def begin_stream(
     x: Tensor, tokens: Tensor, begins: Tensor, smear_gate: Tensor | None,
     smear_lambda: Tensor | None, bigram_table: Tensor | None, bigram_signs: Tensor | None,
-    bigram_grad: Tensor | None = None,
+    bigram_grad: Tensor | None = None, *, ngram: int = 2,
 ) -> tuple[Tensor, Tensor | None]:
     """x0 (T, D) and the bigram embedding (T, channels), from the tokens' embeddings x (T, D)."""
     if smear_gate is not None:
@@ -1864,10 +1886,10 @@ def begin_stream(
         return x0, None
     # Rows of the table are shared by many bigrams. Random signs, drawn by another hash, let a row
     # tell those apart that differ in it [83].
-    sign_rows = (previous(tokens, begins) ^ tokens) % len(bigram_signs)
+    rows, sign_rows = ngram_rows(tokens, begins, len(bigram_table), ngram)
     signs = F.embedding(sign_rows, bigram_signs)
-    rows = bigram_hash(tokens, begins, len(bigram_table))
-    return x0, look_up(bigram_table, rows, bigram_grad) * signs
+    each = look_up(bigram_table, rows, bigram_grad) * signs  # (n, T, channels)
+    return x0, each.transpose(0, 1).flatten(1)
 
 
 @region
@@ -2088,7 +2110,8 @@ class GPT(nn.Module):
         if config.bigram:
             # From a seed of its own, on the CPU: the same on every device, for every --seed.
             generator = torch.Generator().manual_seed(83)
-            signs = torch.randint(2, (8192, config.bigram_dim), generator=generator, device="cpu")
+            shape = BIGRAM_SIGNS, config.bigram_dim
+            signs = torch.randint(2, shape, generator=generator, device="cpu")
             signs = (2 * signs - 1).to(dtype)
         self.register_buffer("bigram_signs", signs)
         # With the kernels, where gradients by the tables that tokens look up gather; see `look_up`.
@@ -2191,7 +2214,7 @@ class GPT(nn.Module):
         x = look_up(self.embed, inputs, self.embed_grad)
         x0, bigram = begin_stream(
             x, inputs, begins, self.smear_gate, self.smear_lambda, self.bigram_table,
-            self.bigram_signs, self.bigram_table_grad,
+            self.bigram_signs, self.bigram_table_grad, ngram=config.ngram,
         )
         if self.kernels:  # as 22 kernels read it
             x0 = stored_op(x0)
@@ -3030,11 +3053,12 @@ def slice_of(batch: Batch, number: int, tokens: np.ndarray, bounds: np.ndarray) 
 
 def touched_rows(tokens: Tensor, config: ModelConfig) -> Tensor:
     """The rows of the bigram table that tokens (slices, length + 1) give a gradient to."""
-    count = config.bigram_table_rows
-    rows = []
+    found = []
     for inputs in tokens[:, :-1]:
-        rows.append(bigram_hash(inputs, document_starts(inputs, config), count))
-    return torch.cat(rows).long().unique()
+        begins = document_starts(inputs, config)
+        rows, _ = ngram_rows(inputs, begins, config.bigram_table_rows, config.ngram)
+        found.append(rows.flatten())
+    return torch.cat(found).long().unique()
 
 
 def validation_stream(settings: Settings) -> tuple[np.ndarray, dict[str, int]]:
@@ -4131,8 +4155,9 @@ def check_settings(settings: Settings, world_size: int) -> None:
             f"--average-steps {settings.average_steps} is more than the run's "
             f"{settings.total_steps} steps"
         )
-    if config.bigram_dim > dim:
-        raise UserError(f"--bigram-dim {config.bigram_dim} is larger than --dim {dim}")
+    if (config.ngram - 1) * config.bigram_dim > dim:
+        each = "" if config.ngram == 2 else f" for each of --ngram {config.ngram}"
+        raise UserError(f"--bigram-dim {config.bigram_dim}{each} is larger than --dim {dim}")
     tokens, length = settings.val_tokens, settings.val_seq_len
     if tokens % length:
         nearest = max(tokens // length, 1) * length

@@ -28,13 +28,35 @@ def wrapped(number):
 
 def bigram_row(before, token, rows):
     """Row of the bigram table for a token and the one before (None at position 0 and at BOS)."""
-    if before is None:
-        return rows - 1
-    return (wrapped(36313 * token) ^ wrapped(27191 * before)) % (rows - 1)
+    return ngram_row([token, before], rows)
 
 
 def sign_row(before, token):
-    return 0 if before is None else (before ^ token) % 8192
+    return ngram_sign([token, before])
+
+
+def ngram_row(gram, rows):
+    """Row of a table of its own for an n-gram, its last token first (None before position 0 and BOS)."""
+    token, before, *earlier = gram
+    if before is None:
+        return rows - 1
+    hashed = wrapped(36313 * token) ^ wrapped(27191 * before)
+    last = before
+    for factor, each in zip((48611, 91193, 60013), earlier):
+        last = last if each is None else each  # the document's first token stands in for what is before it
+        hashed ^= wrapped(factor * last)
+    return hashed % (rows - 1)
+
+
+def ngram_sign(gram):
+    token, before, *earlier = gram
+    if before is None:
+        before, earlier = token, [None] * len(earlier)
+    sign, last = token ^ before, before
+    for number, each in enumerate(earlier, 1):
+        last = last if each is None else each
+        sign ^= wrapped(last * 32**number)
+    return sign % 8192
 
 
 def rotated(x, position, frequencies):
@@ -165,8 +187,15 @@ class ReferenceGPT:
         for t, token in enumerate(self.tokens):
             row = torch.zeros(c.dim, dtype=torch.float64)
             if c.bigram:
-                before, table = None if self.begins[t] else self.tokens[t - 1], self.p["bigram_table"]
-                product = table[bigram_row(before, token, len(table))] * self.p["bigram_signs"][sign_row(before, token)]
+                gram, place = [token], t
+                while len(gram) < c.ngram:
+                    place = None if place is None or self.begins[place] else place - 1
+                    gram.append(None if place is None else self.tokens[place])
+                products = []
+                for n, table in enumerate(self.p["bigram_table"].chunk(c.ngram - 1), 2):
+                    signs = self.p["bigram_signs"][ngram_sign(gram[:n])]
+                    products.append(table[ngram_row(gram[:n], len(table))] * signs)
+                product = torch.cat(products)
                 row = torch.cat((product, row[len(product) :]))
             rows.append(row)
         return torch.stack(rows)

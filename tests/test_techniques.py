@@ -16,7 +16,17 @@ import torch
 
 import recipe
 from recipe import RECORD, TINY
-from reference_gpt import ReferenceGPT, bigram_row, cross_entropy, norm, objective, sign_row, wrapped
+from reference_gpt import (
+    ReferenceGPT,
+    bigram_row,
+    cross_entropy,
+    ngram_row,
+    ngram_sign,
+    norm,
+    objective,
+    sign_row,
+    wrapped,
+)  # fmt: skip
 from train_gpt import (
     GPT,
     PRESETS,
@@ -28,6 +38,7 @@ from train_gpt import (
     begin_stream,
     gpt2_vocabulary,
     make_context,
+    ngram_rows,
     parse_arguments,
     prefix_table,
     rotary_state,
@@ -39,6 +50,7 @@ SWITCHES = [f.name for f in fields(ModelConfig) if f.type is bool]
 PLAIN = dict.fromkeys(SWITCHES, False)
 VARIANTS = {
     "everything on": {},
+    "ngram 4": {"ngram": 4, "bigram_dim": 10},
     **{f"{name} off": {name: False} for name in SWITCHES},
     **{f"only {name}": {**PLAIN, name: True} for name in SWITCHES},
     "everything off": PLAIN,
@@ -397,7 +409,7 @@ def test_frequencies_and_scale_at_the_start_are_the_references():
     assert mine.tolist() == pytest.approx(cross_entropy(z, TARGETS).tolist(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["everything on", "mudd off", "gates off"])
+@pytest.mark.parametrize("variant", ["everything on", "mudd off", "gates off", "ngram 4"])
 def test_the_objective_and_its_gradients_equal_the_references(variant):
     """The gradients of two models of three that differ by a few roundings, which may be amplified in one of them."""
     model = private_copy(replace(SMALL, **VARIANTS[variant]))
@@ -481,6 +493,12 @@ def test_smear_and_bigram_look_one_token_back(technique):
     assert reach(one_layer(Layer(attention=False)), (5, 5)) == 0
 
 
+@pytest.mark.parametrize("ngram", [2, 3, 4, 5])
+def test_ngrams_look_one_token_less_back_than_they_are_long(ngram):
+    config = replace(one_layer(Layer(attention=False), bigram=True), ngram=ngram, bigram_dim=5)
+    assert reach(config, (5, 5)) == ngram - 1
+
+
 def test_xsa_takes_out_the_part_along_the_tokens_own_value():
     y = torch.tensor([[[3.0, 4, 0]]])  # one token, one head
     w = {"xsa_alphas": torch.tensor([math.atanh(0.5)]), "out": torch.eye(3)}
@@ -528,6 +546,14 @@ def test_bigram_rows_and_signs_equal_those_of_python_integers():
         before = [None if begin else token[t - 1] for t, begin in enumerate(begins.tolist())]
         assert numbers[:, 0].tolist() == [bigram_row(*pair, rows) for pair in zip(before, token)]
         assert numbers[:, 1].tolist() == [sign_row(*pair) for pair in zip(before, token)]
+        grams = [[each, last] for each, last in zip(token, before)]
+        for longest in 3, 4, 5:
+            table_rows, sign_rows = ngram_rows(tokens, begins, (longest - 1) * rows, longest)
+            earlier = [None if begin else gram[-1] for gram, begin in zip([None, *grams], begins.tolist())]
+            grams = [[*gram, last] for gram, last in zip(grams, earlier)]
+            expected = [(longest - 2) * rows + ngram_row(gram, rows) for gram in grams]
+            assert table_rows[-1].tolist() == expected
+            assert sign_rows[-1].tolist() == [ngram_sign(gram) for gram in grams]
 
 
 def test_a_bos_and_the_first_position_take_the_last_bigram_row_and_the_first_sign_row():

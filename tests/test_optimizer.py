@@ -170,7 +170,11 @@ def test_polar_express_brings_singular_values_above_a_thousandth_close_to_1(shap
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(256, 256), (128, 256), (256, 128)])
 def test_six_steps_of_polar_express_bring_singular_values_above_three_thousandths_to_0997_to_1010(shape, dtype):
-    """Five steps, to between 0.858 and 1.142, and they use up all of it."""
+    """Five steps, to between 0.858 and 1.142, and they use up all of it.
+
+    In bf16 to within two roundings; which way these go is the machine's own.
+    """
+    slack = 2**-8 if dtype == torch.bfloat16 else 0
     u = matrix(shape, np.geomspace(1, 1e-3, min(shape)))
     left, values, right = np.linalg.svd(u / (1.02 * np.linalg.norm(u)), full_matrices=False)
     assert values[0] > 0.2 and sum(values < 3e-3) > 5
@@ -178,8 +182,8 @@ def test_six_steps_of_polar_express_bring_singular_values_above_three_thousandth
     for count, steps in program.POLAR_EXPRESS.items():
         output = float64(polar_express(torch.from_numpy(u.astype(np.float32))[None], dtype, steps=steps)[0])
         new[count] = np.einsum("ik,ij,kj->k", left, output, right)[values >= 3e-3]
-    assert 0.858 <= new[5].min() < 0.88 and 1.12 < new[5].max() <= 1.142
-    assert 0.997 <= new[6].min() < new[6].max() <= 1.010
+    assert 0.858 - slack <= new[5].min() < 0.88 and 1.12 < new[5].max() <= 1.142 + slack
+    assert 0.997 - slack <= new[6].min() < new[6].max() <= 1.010 + slack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

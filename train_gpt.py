@@ -1873,7 +1873,7 @@ def ngram_rows(
 def begin_stream(
     x: Tensor, tokens: Tensor, begins: Tensor, smear_gate: Tensor | None,
     smear_lambda: Tensor | None, bigram_table: Tensor | None, bigram_signs: Tensor | None,
-    bigram_grad: Tensor | None = None, *, ngram: int = 2,
+    bigram_grad: Tensor | None = None, *, ngram: int,
 ) -> tuple[Tensor, Tensor | None]:
     """x0 (T, D) and the bigram embedding (T, channels), from the tokens' embeddings x (T, D)."""
     if smear_gate is not None:

@@ -60,7 +60,7 @@ export -f text_shards
 part environment 60 bash -c 'nvidia-smi; "$python" -c "import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)"'
 part kernels 240 "$python" -m pytest -q tests/gpu/test_kernels.py
 part shards 150 bash -c "text_shards $tokenizer"
-part slices 60 "$python" bench/plan.py --preset "$preset" --fit
+part slices 60 "$python" bench/plan.py --preset "$preset" --fit "$@"
 read -ra fit < <(grep -o '^--slices [0-9]*$' "$out/slices.txt")
 
 run=(--preset "$preset" --train-files "$out/data/*_train_*.bin" --val-files "$out/data/*_val_*.bin" --epochs 1000)

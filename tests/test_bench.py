@@ -16,7 +16,6 @@ import torch
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
 import command as command_module
-import emulated_gpu
 import recipe
 import train_gpt
 from test_command_line import MODEL, STAGES, enough  # noqa: F401 (a fixture)
@@ -261,18 +260,6 @@ def test_a_gpus_half_hour_says_what_failed_or_took_too_long_and_goes_on(tmp_path
     calls = (tmp_path / "calls").read_text().splitlines()
     runs = [call for call in calls if call.startswith(("train_gpt.py", "bench/step_time.py", "bench/attention.py"))]
     assert len(runs) == 4 and all("--slices 32 --seed 7" in call for call in runs)
-
-
-@pytest.mark.slow
-def test_a_gpus_half_hour_is_rehearsed_on_an_emulated_one(tmp_path):
-    """Each part begins, and none fails; what takes longer than the limit is cut off."""
-    if what := emulated_gpu.missing():
-        pytest.skip(f"emulating a GPU {what}")
-    device = emulated_gpu.every_python(emulated_gpu.compile_device(tmp_path))
-    small = ("--dim", "128", "--heads", "2", "--slices", "64")
-    results, _ = half_hour(tmp_path / "out", *small, PRESET="tiny", STEPS="4", LIMIT="120", **device)
-    assert {results[part] for part in ("environment", "shards", "slices")} == {"ok"}
-    assert set(results.values()) <= {"ok", "cut off after 120 s"}, results
 
 
 # ----------------------------------------------------------------------------------------------------------------------

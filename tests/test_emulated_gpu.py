@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import emulated_gpu
+from test_bench import half_hour
 
 TESTS = Path(__file__).resolve().parent
 
@@ -34,3 +35,13 @@ def test_the_graphs_of_a_gpu_compute_what_the_cpu_does(device):
 @pytest.mark.slow
 def test_the_graphs_of_a_gpu_in_fp8_compute_what_the_cpu_does(device):
     run_graphs(device, "slow")
+
+
+@pytest.mark.slow
+def test_a_gpus_half_hour_is_rehearsed(device, tmp_path):
+    """Each part begins, and none fails; what takes longer than the limit is cut off."""
+    environment = emulated_gpu.every_python(device)
+    small = ("--dim", "128", "--heads", "2", "--slices", "64")
+    results, _ = half_hour(tmp_path / "out", *small, PRESET="tiny", STEPS="4", LIMIT="120", **environment)
+    assert {results[part] for part in ("environment", "shards", "slices")} == {"ok"}
+    assert set(results.values()) <= {"ok", "cut off after 120 s"}, results

@@ -541,7 +541,7 @@ def test_bigram_rows_and_signs_equal_those_of_python_integers():
         tokens = torch.randint(vocab, (3000,), generator=generator, dtype=torch.int32)
         begins = torch.rand(3000, generator=generator) < 0.1
         begins[0] = True
-        *_, numbers = begin_stream(torch.zeros(3000, 12), tokens, begins, None, None, table, signs)
+        *_, numbers = begin_stream(torch.zeros(3000, 12), tokens, begins, None, None, table, signs, ngram=2)
         token = tokens.tolist()
         before = [None if begin else token[t - 1] for t, begin in enumerate(begins.tolist())]
         assert numbers[:, 0].tolist() == [bigram_row(*pair, rows) for pair in zip(before, token)]

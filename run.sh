@@ -54,7 +54,7 @@ if [ "$named" = no ]; then set -- --preset "$preset" ${1+"$@"}; fi
 if [ "$own_data" = no ]; then
     case "$preset" in
         record | next) "$PYTHON" data/cached_fineweb10B.py 9 ;;
-        tiny) "$PYTHON" data/embedded.py ;;
+        mini | tiny) "$PYTHON" data/embedded.py ;;
     esac
 fi
 

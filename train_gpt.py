@@ -180,6 +180,7 @@ class ModelConfig:
     bos_id: int = setting(50256, "the token that begins every document", low=0, high=65535)
     dim: int = setting(768, "width of the residual stream", low=1)
     heads: int = setting(6, "attention heads", low=1)
+    mlp_ratio: int = setting(4, "hidden width of the MLPs, times dim", low=1)
     attention_scale: float = setting(0.1, "factor of the attention logits")
     bigram_rows: float = setting(
         7.5, "rows of the bigram table, times the padded vocabulary", low=0.001
@@ -283,6 +284,7 @@ class Settings:
     slow_momentum: float = setting(0.0, "second, slower momentum, 0 for none", low=0, high=1)
     slow_weight: float = setting(1.0, "what the slower momentum is multiplied by")
     average_steps: int = setting(0, "last steps, to whose mean NorMuon's weights go halfway", low=0)
+    adam_every: int = setting(2, "steps whose gradients an update of Adam has [39]", low=1)
     adam_lr: float = setting(0.008, "learning rate of Adam")
     adam_wd: float = setting(0.005, "weight decay of Adam, multiplied by its learning rate")
     tables_every: int = setting(1, "1: embedding tables join all Adam updates, 2: half", low=1)
@@ -366,10 +368,10 @@ RECORD_STAGES = (
         mtp=((1, 0, 0), (1, 0, 0)),
     ),
 )
-# The laptop's network, at a thirtieth of the size: 3.8M matrix parameters. It has what helps there:
-# in so short a run further targets (--multi-token true) take from the next one's loss, and networks
-# for the gates (--gates true) learn too slowly.
-TINY_LAYERS = (
+# The record's network and schedule in miniature, at a thirtieth of the size: every technique, to
+# try edits on. What does harm in so short a run is off (see "mini" below): further targets take
+# from the next one's loss, and networks for the gates learn too slowly.
+MINI_LAYERS = (
     Layer(paired_heads=True, narrow_qk=True, value_embeds=0, attention_gate=True, gates=True),
     Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
@@ -379,7 +381,7 @@ TINY_LAYERS = (
         mudd=(3, 2, 1),
     ),
 )
-TINY_STAGES = (
+MINI_STAGES = (
     Stage(
         steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
         mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
@@ -394,11 +396,44 @@ TINY_STAGES = (
     ),
 )
 
+# The laptop track's record. Most of its loss at that scale comes from embeddings of n-grams, which
+# are looked up; its one layer copies what came after a token like its own.
+TINY_LAYERS = (Layer(window="long", value_embeds=0, xsa=True, attention_gate=True),)
+# Documents are cut short: of more of them as many tokens are seen, and beginnings are hardest.
+TINY_STAGES = (
+    Stage(steps=120, batch_tokens=2048, max_seq_len=256, windows=(64, 128), lr=1.0, tied=True),
+    Stage(steps=120, batch_tokens=2048, max_seq_len=256, windows=(64, 128), lr=1.0, tied=True),
+    Stage(steps=120, batch_tokens=2048, max_seq_len=512, windows=(64, 256), lr=1.0),
+)
+
 RECORD = Settings(
     preset="record",
     model=ModelConfig(RECORD_LAYERS),
     stages=RECORD_STAGES,
     extension=replace(RECORD_STAGES[-1], steps=15, windows=(768, 1664)),
+)
+MINI = Settings(
+    preset="mini",
+    model=ModelConfig(
+        MINI_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_rows=15, bigram_dim=64,
+        gates=False,
+    ),
+    stages=MINI_STAGES,
+    extension=replace(MINI_STAGES[-1], steps=10),
+    train_files="data/sympy/sympy_train_*.bin",
+    val_files="data/sympy/sympy_val_*.bin",
+    val_tokens=524_288,
+    val_seq_len=16_384,
+    val_every=125,
+    val_short_window=64,
+    val_long_window=256,
+    slices=4,
+    multi_token=False,
+    muon_lr=0.035,
+    momentum=0.75,
+    momentum_warmup=60,
+    momentum_cooldown=15,
+    tables_from=90,
 )
 PRESETS = {
     "record": RECORD,
@@ -407,31 +442,29 @@ PRESETS = {
     "next": replace(
         RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
     ),
-    "tiny": Settings(
+    "mini": MINI,
+    "tiny": replace(
+        MINI,
         preset="tiny",
-        model=ModelConfig(
-            TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, bigram_rows=15,
-            bigram_dim=64, gates=False,
+        model=replace(
+            MINI.model, layers=TINY_LAYERS, heads=2, mlp_ratio=2, bigram_rows=60, ngram=5
         ),
         stages=TINY_STAGES,
         extension=replace(TINY_STAGES[-1], steps=10),
-        train_files="data/sympy/sympy_train_*.bin",
-        val_files="data/sympy/sympy_val_*.bin",
-        val_tokens=524_288,
-        val_seq_len=16_384,
-        val_every=125,
-        val_short_window=64,
-        val_long_window=256,
-        slices=4,
-        multi_token=False,
-        momentum_warmup=60,
-        momentum_cooldown=15,
-        tables_from=90,
+        val_long_window=1024,
+        slices=1,
+        muon_lr=0.07,
+        momentum=0.55,
+        adam_every=1,
+        adam_lr=0.015,
     ),
 }
 
 # The command that fetches or makes a preset's shards; its path counts from this file's folder.
-FETCH = {**dict.fromkeys(PRESETS, "data/cached_fineweb10B.py 9"), "tiny": "data/embedded.py"}
+FETCH = {
+    **dict.fromkeys(("record", "next"), "data/cached_fineweb10B.py 9"),
+    **dict.fromkeys(("mini", "tiny"), "data/embedded.py"),
+}
 
 
 # The table of parameters. A new parameter is one row of `parameter_table`: the model then makes it,
@@ -638,7 +671,7 @@ def parameter_table(config: ModelConfig) -> dict[str, ParameterRow | None]:
         shape = qk_shape(config, len(layers), head_rows)
         add(name, "bank", shape, uniform(bound), (0.9, 0.95), 0.125, 10, len(layers) > 0)
     # V and O of each layer; then W_in and W_out of each layer, W_out transposed.
-    vo_shape, mlp_shape = (2 * len(attending), dim, dim), (2 * count, 4 * dim, dim)
+    vo_shape, mlp_shape = (2 * len(attending), dim, dim), (2 * count, config.mlp_ratio * dim, dim)
     add("vo_bank", "bank", vo_shape, uniform(bound), (0.9, 0.95), 0.125, 10)
     add("mlp_bank", "bank", mlp_shape, uniform_in_zero_out(bound), (0.9, 0.95), 0.125, 10)
     value_shape = tables * vocab, dim
@@ -699,7 +732,7 @@ class Hyper(NamedTuple):
     stage: Stage
     lr: float  # multiplies both optimizers' learning rates
     momentum: float  # NorMuon's
-    adam: bool  # whether Adam runs: on odd steps, on the gradients of two steps [39]
+    adam: bool  # whether Adam runs, on the gradients of `adam_every` steps [39]
     tables: bool  # whether it then updates the embedding tables, too; else their gradients wait
     delayed: bool  # whether the step leaves W_out an FP8 scale by the weights before it [89]
     mtp: tuple[float, ...]  # the weights of the next targets
@@ -732,13 +765,13 @@ def schedule(settings: Settings, step: int) -> Hyper:
 
     mtp = tuple(now(start, end) for start, end in zip(*stage.mtp))
     prefix = now(*stage.prefix)
-    updates = (step + 1) // 2  # of Adam, with this one
+    updates, waiting = divmod(step + 1, settings.adam_every)  # of Adam, with this one
     tables = step < settings.tables_from or updates % settings.tables_every == 0
     # At first W_out grows from zero, too fast for a scale that lags behind.
     delayed = step >= 16
     averaged = max(step + 1 - (total - settings.average_steps), 0)
     return Hyper(
-        stage, lr, momentum, adam=step % 2 == 1, tables=tables, delayed=delayed, mtp=mtp,
+        stage, lr, momentum, adam=waiting == 0, tables=tables, delayed=delayed, mtp=mtp,
         prefix=prefix, averaged=averaged,
     )
 
@@ -1433,9 +1466,9 @@ def summed_loss(
 class MLP8(NamedTuple):
     """What the forward pass of an MLP in FP8 reads; of all layers, with one axis more."""
 
-    w_in: Tensor  # (4D, D), e4m3 like w_out
+    w_in: Tensor  # (hidden, D), e4m3 like w_out
     w_in_scale: Tensor
-    w_out: Tensor  # (D, 4D): transposed, since FP8 matmuls want both inputs by rows
+    w_out: Tensor  # (D, hidden): transposed, since FP8 matmuls want both inputs by rows
     w_out_scale: Tensor
     post_scale: Tensor  # of the square between the two
 
@@ -1486,7 +1519,7 @@ def mlp(x: Tensor, w: dict, *, kernels: bool) -> tuple[Tensor, Tensor | None]:
 def quantize_mlps(
     w_in: Tensor, w_out: Tensor, delayed: Tensor, out: MLP8, next_w_out_scale: Tensor
 ) -> None:
-    """Puts the matrices (layers, 4D, D) of all MLPs into `out`, in 8 bits, with their scales.
+    """Puts the matrices (layers, hidden, D) of all MLPs into `out`, in 8 bits, with their scales.
 
     W_out's are those of the present matrices; or with `delayed` (0-d, 0 or 1) `next_w_out_scale`
     (layers,), into which those of the present ones then go, with headroom.
@@ -2123,8 +2156,9 @@ class GPT(nn.Module):
         if fp8:  # see `mlp8`
             count, dim = len(self.rows), config.dim
             e4m3 = torch.float8_e4m3fn
-            self.register_buffer("w_in8", torch.zeros(count, 4 * dim, dim, dtype=e4m3))
-            self.register_buffer("w_out8", torch.zeros(count, dim, 4 * dim, dtype=e4m3))
+            hidden = config.mlp_ratio * dim
+            self.register_buffer("w_in8", torch.zeros(count, hidden, dim, dtype=e4m3))
+            self.register_buffer("w_out8", torch.zeros(count, dim, hidden, dtype=e4m3))
             for name in ("w_in8_scale", "w_out8_scale", "next_w_out8_scale", "post_scale"):
                 self.register_buffer(name, torch.ones(count))
         # The layers whose output something later reads; others' are not kept alive.
@@ -2348,7 +2382,7 @@ class GPT(nn.Module):
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
 
         Of a layer: the matrices, times their scalars [47]: qkv and out (see `attention_weights`),
-        mlp_in and mlp_out (4D, D), with `fp8` also its `MLP8` as mlp8; and its row of every
+        mlp_in and mlp_out (hidden, D), with `fp8` also its `MLP8` as mlp8; and its row of every
         parameter whose row in the table has `layers`, by the parameter's name. What a layer lacks
         is None.
         """
@@ -2877,7 +2911,7 @@ def find_shards(pattern: str, preset: str) -> list[str]:
         script, *count = FETCH[preset].split()
         command = shlex.join(["python", beside_this_file(script), *count])
         text = f"no shards match {pattern}; get them with: {command}"
-        if preset != "tiny" and not torch.cuda.is_available():
+        if FETCH[preset] != FETCH["tiny"] and not torch.cuda.is_available():
             text += "; without a GPU there is the preset tiny: ./run.sh, or --preset tiny"
         raise UserError(text)
     return paths
@@ -3312,7 +3346,7 @@ def flops_per_token(config: ModelConfig, stage: Stage) -> int:
     parameters = dim * config.padded_vocab
     channels = 0  # times keys
     for row in config.rows:
-        parameters += 8 * dim**2
+        parameters += 2 * config.mlp_ratio * dim**2
         if row.attention:
             qk_dim = dim // 2 if row.narrow_qk else dim
             parameters += 2 * qk_dim * dim + 2 * dim**2
@@ -4182,7 +4216,8 @@ def estimate_cpu_memory(settings: Settings, model: GPT) -> int:
     item = model.embed.element_size()
     weights = sum(p.numel() for p in model.parameters()) * (2 * item + 20)
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
-    training = length * item * 36 * config.dim * len(config.layers)
+    of_layer = (20 + 4 * config.mlp_ratio) * config.dim
+    training = length * item * of_layer * len(config.layers)
     # A query of banded attention has a score for each key of two chunks, which are a window each.
     last = schedule(settings, settings.total_steps).stage
     scores = 6 * config.heads * 2 * min(max(last.windows), settings.val_seq_len)
@@ -4210,9 +4245,10 @@ def estimate_gpu_memory(settings: Settings, model: GPT, world_size: int) -> int:
         weights += model.w_in8.numel() + model.w_out8.numel()
     length = max(stage.batch_tokens for stage in settings.all_stages) // settings.slices
     item = model.embed.element_size()
-    # A layer keeps about 20 D for its backward pass; the head its logits, their sigmoid and the
-    # gradient.
-    training = length * item * (20 * config.dim * len(config.layers) + 3 * config.padded_vocab)
+    # A layer keeps about 20 D for its backward pass, 8 of them its MLP's; the head its logits,
+    # their sigmoid and the gradient.
+    of_layer = (12 + 2 * config.mlp_ratio) * config.dim
+    training = length * item * (of_layer * len(config.layers) + 3 * config.padded_vocab)
     validation = settings.val_seq_len * item * 12 * config.dim
     validation += VAL_CHUNK * (item + 8) * config.padded_vocab
     return int(weights + state / world_size + max(training, validation))

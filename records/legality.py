@@ -319,7 +319,7 @@ VOCAB = 128  # with the last one as BOS; small, since every token is tried as a 
 VAL_LENGTH, VAL_TOKENS, BATCH_TOKENS = 2048, 8192, 2048
 NORMALIZED_LENGTH = 1152
 STEPS = 12  # or as many as the script's table of stages needs
-OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 16 --dtype float32 --run-id run --slices 4
+OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 8 --dtype float32 --run-id run --slices 4
     --vocab-size {VOCAB} --bos-id {VOCAB - 1} --val-tokens {VAL_TOKENS} --val-seq-len {VAL_LENGTH}
     --epochs 9 --train-files x_train_*.bin --val-files x_val_*.bin"""
 VAL_EVERY = {"judged": 2, "other val": 6}  # steps; the other runs validate at their start and end alone

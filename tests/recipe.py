@@ -38,7 +38,7 @@ RECORD_STAGES = (
         mtp=((1, 0, 0), (1, 0, 0)),
     ),
 )
-TINY_LAYERS = (
+MINI_LAYERS = (
     Layer(paired_heads=True, narrow_qk=True, value_embeds=0, attention_gate=True, gates=True),
     Layer(window="long", xsa=True, attention_gate=True),
     Layer(attention=False, skip=0),
@@ -48,7 +48,7 @@ TINY_LAYERS = (
         mudd=(3, 2, 1),
     ),
 )
-TINY_STAGES = (
+MINI_STAGES = (
     Stage(
         steps=120, batch_tokens=8192, max_seq_len=512, windows=(64, 128), lr=1.0,
         mtp=((1, 0.5, 0.25), (1, 0.5, 0)), tied=True,
@@ -64,8 +64,8 @@ TINY_STAGES = (
 )
 
 OPTIMIZERS = {
-    "muon_lr": 0.023, "muon_wd": 1.2, "muon_beta2": 0.9, "momentum": 0.95,
-    "adam_lr": 0.008, "adam_wd": 0.005, "cooldown": 0.6, "final_lr": 0.15,
+    "muon_wd": 1.2, "muon_beta2": 0.9, "adam_every": 2, "adam_lr": 0.008, "adam_wd": 0.005,
+    "cooldown": 0.6, "final_lr": 0.15,
 }
 
 PRESETS = {
@@ -80,18 +80,20 @@ PRESETS = {
         val_short_window=768,
         val_long_window=2560,
         slices=8,
+        muon_lr=0.023,
+        momentum=0.95,
         momentum_warmup=300,
         momentum_cooldown=50,
         **OPTIMIZERS,
     ),
-    "tiny": Settings(
-        preset="tiny",
+    "mini": Settings(
+        preset="mini",
         model=ModelConfig(
-            TINY_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, attention_scale=0.1,
+            MINI_LAYERS, vocab_size=257, bos_id=256, dim=256, heads=4, attention_scale=0.1,
             bigram_rows=15, bigram_dim=64, gates=False,
         ),
-        stages=TINY_STAGES,
-        extension=replace(TINY_STAGES[-1], steps=10),
+        stages=MINI_STAGES,
+        extension=replace(MINI_STAGES[-1], steps=10),
         train_files="data/sympy/sympy_train_*.bin",
         val_files="data/sympy/sympy_val_*.bin",
         val_tokens=524_288,
@@ -101,6 +103,8 @@ PRESETS = {
         val_long_window=256,
         slices=4,
         multi_token=False,
+        muon_lr=0.035,
+        momentum=0.75,
         momentum_warmup=60,
         momentum_cooldown=15,
         tables_from=90,
@@ -108,7 +112,7 @@ PRESETS = {
     ),
 }
 
-RECORD, TINY = PRESETS["record"], PRESETS["tiny"]
+RECORD, MINI = PRESETS["record"], PRESETS["mini"]
 PRESETS["next"] = replace(
     RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
 )

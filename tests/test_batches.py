@@ -16,7 +16,7 @@ import torch
 import embedded
 import shards
 import train_gpt
-from recipe import TINY
+from recipe import MINI
 from train_gpt import (
     UserError,
     find_shards,
@@ -28,7 +28,7 @@ from train_gpt import (
     validation_stream,
 )
 
-BOS = TINY.model.bos_id
+BOS = MINI.model.bos_id
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,9 +86,9 @@ def write(folder, streams, split="train"):
 def settings_of(rows, slices, **changes):
     """Settings with a stage for each row (steps, batch_tokens, max_seq_len), and no extension."""
     stages = tuple(
-        replace(TINY.extension, steps=steps, batch_tokens=batch, max_seq_len=limit) for steps, batch, limit in rows
+        replace(MINI.extension, steps=steps, batch_tokens=batch, max_seq_len=limit) for steps, batch, limit in rows
     )
-    return replace(TINY, stages=stages, extension=replace(stages[-1], steps=0), slices=slices, **changes)
+    return replace(MINI, stages=stages, extension=replace(stages[-1], steps=0), slices=slices, **changes)
 
 
 def steps_of(rows):
@@ -217,7 +217,7 @@ def test_rank_takes_its_consecutive_part_of_every_batch(world_size, tmp_path):
 
 def test_batches_travel_as_int32_with_one_token_more_than_inputs(tmp_path):
     settings = settings_of([(2, 64, 20)], 4, train_files=write(tmp_path, [document(20, 1) * 20]))
-    plan, _ = plan_batches(settings, find_shards(settings.train_files, "tiny"))
+    plan, _ = plan_batches(settings, find_shards(settings.train_files, "mini"))
     for batch in training_batches(plan, settings.model, range(4)):
         assert batch.dtype == torch.int32 and batch.shape == (4, 17)
 
@@ -232,7 +232,7 @@ def test_shards_are_read_in_name_order(tmp_path):
 def test_plan_counts_the_tokens_of_the_shards_it_reads(tmp_path):
     streams = [random_stream(random.Random(seed), 100 + seed, 20) for seed in range(3)]
     pattern = write(tmp_path, streams)
-    paths = find_shards(pattern, "tiny")
+    paths = find_shards(pattern, "mini")
     steps = len(cut_batches(streams, [(32, 20)] * 99, 2))  # all that there are
     _, sizes = plan_batches(settings_of([(steps, 32, 20)], 2), paths)
     assert sizes == {path: len(stream) for path, stream in zip(paths, streams, strict=True)}
@@ -246,7 +246,7 @@ def test_shards_that_the_run_does_not_reach_are_not_read(tmp_path):
 
 def test_next_shard_is_checked_again_when_the_run_comes_to_it(tmp_path):
     settings = settings_of([(4, 8, 100)], 2, train_files=write(tmp_path, [document(5, 1) * 4] * 2))
-    plan, sizes = plan_batches(settings, find_shards(settings.train_files, "tiny"))
+    plan, sizes = plan_batches(settings, find_shards(settings.train_files, "mini"))
     shards.write_shard(tmp_path / "x_train_000002.bin", np.array(document(5, 1)))
     with pytest.raises(UserError, match="x_train_000002.bin"):
         list(training_batches(plan, settings.model, range(2)))
@@ -254,7 +254,7 @@ def test_next_shard_is_checked_again_when_the_run_comes_to_it(tmp_path):
 
 def test_next_shard_is_read_by_another_thread_while_this_one_is_used(tmp_path, monkeypatch):
     settings = settings_of([(4, 8, 100)], 2, train_files=write(tmp_path, [document(5, 1) * 4] * 2))
-    plan, _ = plan_batches(settings, find_shards(settings.train_files, "tiny"))
+    plan, _ = plan_batches(settings, find_shards(settings.train_files, "mini"))
     readers, second = [], threading.Event()
 
     def noting(path, config):
@@ -278,15 +278,15 @@ def test_one_epoch_of_the_embedded_corpus_feeds_the_recipes_tiny_run(tmp_path):
     train, val = embedded.corpus(Path(sympy.locate_file("sympy")))
     shards.write_shard(tmp_path / embedded.TRAIN, np.concatenate(train))
     shards.write_shard(tmp_path / embedded.VAL, np.concatenate(val))
-    assert TINY.epochs == 1
-    plan, _ = plan_batches(TINY, find_shards(str(tmp_path / Path(TINY.train_files).name), "tiny"))
-    assert len(plan) == TINY.total_steps
-    rows = [(stage.steps, stage.batch_tokens, stage.max_seq_len) for stage in TINY.all_stages]
-    expected = cut_batches([np.concatenate(train).tolist()], steps_of(rows)[: TINY.total_steps], TINY.slices)
-    assert [batch.tolist() for batch in training_batches(plan, TINY.model, range(TINY.slices))] == expected
-    settings = replace(TINY, val_files=str(tmp_path / Path(TINY.val_files).name))
-    sequences = validation_sequences(validation_stream(settings)[0], TINY.val_seq_len)
-    assert sequences.shape == (TINY.val_tokens // TINY.val_seq_len, TINY.val_seq_len + 1)
+    assert MINI.epochs == 1
+    plan, _ = plan_batches(MINI, find_shards(str(tmp_path / Path(MINI.train_files).name), "mini"))
+    assert len(plan) == MINI.total_steps
+    rows = [(stage.steps, stage.batch_tokens, stage.max_seq_len) for stage in MINI.all_stages]
+    expected = cut_batches([np.concatenate(train).tolist()], steps_of(rows)[: MINI.total_steps], MINI.slices)
+    assert [batch.tolist() for batch in training_batches(plan, MINI.model, range(MINI.slices))] == expected
+    settings = replace(MINI, val_files=str(tmp_path / Path(MINI.val_files).name))
+    sequences = validation_sequences(validation_stream(settings)[0], MINI.val_seq_len)
+    assert sequences.shape == (MINI.val_tokens // MINI.val_seq_len, MINI.val_seq_len + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_one_epoch_of_the_embedded_corpus_feeds_the_recipes_tiny_run(tmp_path):
 def test_validation_sequences_tile_the_stream_and_end_with_its_next_token(sizes, tmp_path):
     rng = random.Random(sum(sizes))
     streams = [[BOS, *(rng.randrange(257) for _ in range(size - 1))] for size in sizes]
-    settings = replace(TINY, val_files=write(tmp_path, streams, "val"), val_tokens=100, val_seq_len=25)
+    settings = replace(MINI, val_files=write(tmp_path, streams, "val"), val_tokens=100, val_seq_len=25)
     sequences = validation_sequences(validation_stream(settings)[0], settings.val_seq_len)
     stream = list(itertools.chain(*streams))
     assert sequences.dtype == torch.int32
@@ -307,7 +307,7 @@ def test_validation_sequences_tile_the_stream_and_end_with_its_next_token(sizes,
 
 def test_validation_neither_cuts_documents_nor_skips_the_tokens_before_the_first_bos(tmp_path):
     stream = [7, 7, 7] + document(60, 1) + document(60, 2)
-    settings = replace(TINY, val_files=write(tmp_path, [stream], "val"), val_tokens=100, val_seq_len=50)
+    settings = replace(MINI, val_files=write(tmp_path, [stream], "val"), val_tokens=100, val_seq_len=50)
     read, sizes = validation_stream(settings)
     sequences = validation_sequences(read, settings.val_seq_len)
     assert sequences[0, :50].tolist() + sequences[1].tolist() == stream[:101]
@@ -321,14 +321,14 @@ def test_validation_neither_cuts_documents_nor_skips_the_tokens_before_the_first
 
 def test_what_the_data_tools_write_the_run_reads(tmp_path):
     rng = np.random.default_rng(0)
-    config = replace(TINY.model, vocab_size=65536, bos_id=50256)
+    config = replace(MINI.model, vocab_size=65536, bos_id=50256)
     documents = [np.append([50256], rng.integers(0, 65536, rng.integers(0, 3000))) for _ in range(40)]
     documents[3][1:] = 65535
     stream = np.concatenate(documents)
     with shards.TokenShardWriter(tmp_path, shards.shard_names("x", "train", 1), 7001) as writer:
         for tokens in documents:
             writer.add(tokens)
-    found = [read_shard(path, config) for path in find_shards(str(tmp_path / "x_train_*.bin"), "tiny")]
+    found = [read_shard(path, config) for path in find_shards(str(tmp_path / "x_train_*.bin"), "mini")]
     assert [len(tokens) for tokens, _ in found] == [7001] * (len(stream) // 7001) + [len(stream) % 7001]
     assert np.array_equal(np.concatenate([tokens for tokens, _ in found]), stream)
     for tokens, bounds in found:
@@ -413,7 +413,7 @@ def test_shard_that_shrinks_during_a_run_of_several_epochs_is_named(tmp_path):
     stream = document(5, 1) * 8
     pattern = write(tmp_path, [stream])
     settings = settings_of([(6, 8, 100)], 2, epochs=2, train_files=pattern)
-    paths = find_shards(pattern, "tiny")
+    paths = find_shards(pattern, "mini")
     plan, _ = plan_batches(settings, paths)
     assert plan[-1].documents[-1] < max(batch.documents[-1] for batch in plan)
     write(tmp_path, [stream[:20]])

@@ -81,7 +81,7 @@ def whole(tmp_path_factory, launcher, data):  # noqa: F811
     from test_command_line import MAIN, MODEL, SMALL, VALIDATION
 
     files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
-    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, *RUN, "--run-id", "whole", "--checkpoint-every", "1")
+    options = ("--preset", "mini", *MODEL, *VALIDATION, *files, *RUN, "--run-id", "whole", "--checkpoint-every", "1")
     assert launcher.start(SMALL + EXACT + MAIN, *options, cwd=folder).wait().returncode == 0
     return folder
 
@@ -285,7 +285,7 @@ FOREIGN = {
     "no count of updates": (lambda state: state["optimizer"], without("updates"), ["has no updates"]),
     "a count less": (lambda state: state["optimizer"]["updates"], without("embed"), ["has no embed"]),
     "no word on tying": (lambda state: state["optimizer"], without("tied"), ["has no tied"]),
-    "another preset": (lambda state: state["settings"], put("preset", "record"), ["preset", "record", "tiny"]),
+    "another preset": (lambda state: state["settings"], put("preset", "record"), ["preset", "record", "mini"]),
     "an unknown setting": (lambda state: state["settings"], put("warp", 9), ["warp"]),
     "an unknown column": (lambda state: state["settings"]["model"]["layers"][1], put("warp", 9), ["Layer", "warp"]),
     "a row that cannot work": (lambda state: state["settings"]["model"]["layers"][1], put("skip", 8), ["skip=8"]),
@@ -330,7 +330,7 @@ def test_resumed_run_has_the_checkpoints_model_unless_the_command_line_says_othe
     """`whole` has --dim 32 and other small numbers, of which this command line says nothing."""
     folder = folders("defaults")
     files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin", *VALIDATION)
-    options = ("--preset", "tiny", "--compile", "false", "--dtype", "float32", *files, "--run-id", "a", *RUN)
+    options = ("--preset", "mini", "--compile", "false", "--dtype", "float32", *files, "--run-id", "a", *RUN)
     result = launcher.start(SMALL + MAIN, *options, "--resume", checkpoint(whole, 4), cwd=folder).wait()
     assert result.returncode == 0, result.stderr
     assert_same_state(folder / "logs" / "a_step000012.pt", checkpoint(whole, 12))
@@ -443,7 +443,7 @@ def test_kill_of_one_rank_ends_the_others_with_a_message(start, launcher, files,
     (tmp_path / "script.py").write_text(
         SMALL + "open(f'pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n" + MAIN
     )
-    options = ("--preset", "tiny", *test_distributed.MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
+    options = ("--preset", "mini", *test_distributed.MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
     torchrun = Path(torch.distributed.run.__file__)
     arguments = ("--standalone", "--nproc_per_node=2", tmp_path / "script.py", *options)
     running = launcher.start(torchrun, *arguments, cwd=tmp_path)

@@ -50,7 +50,7 @@ import sys
 import recipe, train_gpt
 train_gpt.PRESETS.update(recipe.PRESETS)
 """
-# What a small run does before `main`: batches of 1,024 tokens in place of tiny's 8,192.
+# What a small run does before `main`: batches of 1,024 tokens in place of mini's 8,192.
 SMALL = RECIPE + """
 import dataclasses, os, signal, time
 import torch
@@ -237,12 +237,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def command(launcher, data, tmp_path):
-    """Runs `train_gpt.py --preset tiny …` on the shards, in an empty folder, and returns what came of it.
+    """Runs `train_gpt.py --preset mini …` on the shards, in an empty folder, and returns what came of it.
 
     Its presets are the recipe's.
     """
 
-    def run(*arguments, script=RECIPE + MAIN, preset="tiny", cwd=tmp_path, wait=True, **how):
+    def run(*arguments, script=RECIPE + MAIN, preset="mini", cwd=tmp_path, wait=True, **how):
         files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin")
         options = ("--preset", preset, "--vocab-size", "257", "--bos-id", "256", *MODEL, *VALIDATION, *files)
         running = launcher.start(script, *options, *arguments, cwd=cwd, **how)
@@ -299,13 +299,13 @@ def last_step(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["tiny", "record"])
+@pytest.mark.parametrize("preset", ["mini", "record"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_missing_shards_are_answered_with_the_pattern_and_the_command_that_makes_them(preset, split, small, tmp_path):
     result = small("--steps", "4", f"--{split}-files", "data/none_*.bin", preset=preset)
     line = assert_refused(result, tmp_path, "data/none_*.bin")
     script = (tmp_path / re.search(r"python (\S+\.py)", line)[1]).resolve()  # as seen from where the run was started
-    assert script == ROOT / {"tiny": "data/embedded.py", "record": "data/cached_fineweb10B.py"}[preset]
+    assert script == ROOT / {"mini": "data/embedded.py", "record": "data/cached_fineweb10B.py"}[preset]
     assert script.is_file()
     assert ("./run.sh, or --preset tiny" in line) == (preset == "record")  # there is no GPU here
 
@@ -320,7 +320,7 @@ def test_preset_finds_its_shards_beside_the_script_from_any_folder(launcher, dat
     # That copy of the script, and not the one that the launcher has imported.
     first = f"import sys\ndel sys.modules['train_gpt']\nsys.path.insert(0, {str(project)!r})\n"
     script = first + SMALL + MAIN
-    arguments = ("--preset", "tiny", *MODEL, *VALIDATION, "--steps", "4", "--run-id", "a")
+    arguments = ("--preset", "mini", *MODEL, *VALIDATION, "--steps", "4", "--run-id", "a")
     result = launcher.start(script, *arguments, cwd=elsewhere).wait()
     assert result.returncode == 0, result.stderr
     assert "data: train ../project/data/sympy/sympy_train_000001.bin" in (elsewhere / "logs" / "a.txt").read_text()
@@ -454,7 +454,7 @@ def test_slices_that_do_not_divide_are_answered_with_the_nearest_that_do(command
 
 @pytest.mark.parametrize("slices, world_size, works", [(4, 8, {"8"}), (6, 4, {"4", "8"}), (9, 2, {"8"})])
 def test_slices_that_the_processes_do_not_divide_are_answered_too(slices, world_size, works):
-    settings = replace(recipe.TINY, slices=slices)
+    settings = replace(recipe.MINI, slices=slices)
     with pytest.raises(program.UserError) as error:
         program.check_settings(settings, world_size)
     text = str(error.value)
@@ -467,11 +467,11 @@ def test_slices_that_the_processes_do_not_divide_are_answered_too(slices, world_
 
 def test_number_of_processes_that_divides_no_batch_is_answered_with_the_nearest_that_does():
     with pytest.raises(program.UserError) as error:
-        program.check_settings(recipe.TINY, 3)
+        program.check_settings(recipe.MINI, 3)
     assert re.findall(r"[\d,]*\d", str(error.value))[:3] == ["8,192", "4", "3"]
     assert {"2", "4"} & set(re.findall(r"\d+", str(error.value).partition("divide")[2]))
     for world_size in (1, 2, 4):
-        program.check_settings(recipe.TINY, world_size)
+        program.check_settings(recipe.MINI, world_size)
 
 
 def test_validation_that_is_no_whole_number_of_sequences_is_answered_with_the_nearest_that_is(small, tmp_path):
@@ -487,7 +487,7 @@ def test_validation_that_is_no_whole_number_of_sequences_is_answered_with_the_ne
         (["--muon_lr", "1"], ["--muon_lr;", "--muon-lr "]),
         (["--valtokens=8"], ["--valtokens=8", "--val-tokens "]),
         (["--dry-rum"], ["--dry-rum;", "--dry-run "]),
-        (["--prest", "tiny"], ["--prest;", "--preset "]),
+        (["--prest", "mini"], ["--prest;", "--preset "]),
         (["steps=8"], ["steps=8", "--steps "]),
         (["--preset", "tinny"], ["tinny", "tiny"]),
         (["--preset=recrod"], ["recrod", "record"]),
@@ -634,7 +634,7 @@ def as_main(before):
     return f"{head}{before}\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--preset", "tiny", "--dry-run"], ["--preset", "tinny"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--preset", "mini", "--dry-run"], ["--preset", "tinny"]])
 @pytest.mark.parametrize("how", ["no reader", "no reader of both", "full disk"])
 def test_what_only_prints_ends_quietly_without_a_reader(arguments, how, launcher, tmp_path):
     result = launcher.start(as_main(GONE[how]), *arguments, cwd=tmp_path).wait()
@@ -644,7 +644,7 @@ def test_what_only_prints_ends_quietly_without_a_reader(arguments, how, launcher
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize(
-    "arguments, status", [(["--help"], 0), (["--preset", "tiny", "--dry-run"], 0), (["--preset", "é…\udcff"], 2)]
+    "arguments, status", [(["--help"], 0), (["--preset", "mini", "--dry-run"], 0), (["--preset", "é…\udcff"], 2)]
 )
 def test_whatever_is_printed_fits_any_encoding(arguments, status, encoding, launcher, tmp_path):
     streams = ", ".join(f"open({number}, 'w', encoding={encoding!r}, closefd=False)" for number in (1, 2))
@@ -677,7 +677,7 @@ def test_other_systems_are_named_before_anything_is_imported(system, tmp_path):
 def test_plan_estimates_the_memory_that_a_run_takes_on_the_cpu(options, tmp_path):
     for name, tokens in (("train_000001", 200_000), ("val_000000", 20_000)):
         shards.write_shard(tmp_path / f"x_{name}.bin", random_documents(1, tokens))
-    run = [sys.executable, SCRIPT, "--preset", "tiny", "--compile", "false", *options]
+    run = [sys.executable, SCRIPT, "--preset", "mini", "--compile", "false", *options]
     plan = subprocess.run([*run, "--dry-run"], capture_output=True, text=True, check=True).stdout
     files = ("--train-files", tmp_path / "x_train_*.bin", "--val-files", tmp_path / "x_val_*.bin")
     small = ("--steps", "4", "--val-tokens", "16384")
@@ -968,13 +968,13 @@ class Example:
         return self.folder / "logs" / "example.txt"
 
 
-STAGES = program.PRESETS["tiny"].all_stages
+STAGES = program.PRESETS["mini"].all_stages
 STEPS = max(5, len(STAGES))  # of a run with the schedule of train_gpt.py: at least one a stage
 
 
 @pytest.fixture(scope="session")
 def enough(tmp_path_factory):
-    """Options that name data for a few steps of preset tiny, however large its batches are."""
+    """Options that name data for a few steps of preset mini, however large its batches are."""
     folder = tmp_path_factory.mktemp("enough")
     tokens = 5 * max(stage.batch_tokens for stage in STAGES)
     shards.write_shard(folder / "x_train_000001.bin", random_documents(1, tokens))
@@ -988,7 +988,7 @@ def enough(tmp_path_factory):
 def example(tmp_path_factory, enough):
     folder = tmp_path_factory.mktemp("example")
     steps = ("--steps", STEPS, "--val-every", "2", "--seed", "7", "--run-id", "example")
-    arguments = ("--preset", "tiny", *MODEL, *VALIDATION, *enough, *steps)
+    arguments = ("--preset", "mini", *MODEL, *VALIDATION, *enough, *steps)
     begin = time.monotonic()
     result = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
@@ -1040,7 +1040,7 @@ def test_log_names_environment_settings_and_data_in_order(command, data, tmp_pat
     stream = (data / paths[-1]).read_bytes()[1024:][: 2 * (settings["val_tokens"] + 1)]
     assert header[-1] == f"validation stream: {settings['val_tokens'] + 1:,} tokens, {checksum(stream)}"
     assert {name: settings[name] for name in ("preset", "steps", "seed", "dtype", "val_every", "slices")} == {
-        "preset": "tiny", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
+        "preset": "mini", "steps": 5, "seed": 7, "dtype": "float32", "val_every": 2, "slices": 4,
     }  # fmt: skip
     assert settings["model"]["dim"] == 32 and settings["train_files"] == str(data / "x_train_*.bin")
     assert sum(stage["steps"] for stage in [*settings["stages"], settings["extension"]]) == 5
@@ -1310,7 +1310,7 @@ def value_in(settings, name):
     return getattr(settings if hasattr(settings, name) else settings.model, name)
 
 
-@pytest.mark.parametrize("preset", ["record", "tiny"])
+@pytest.mark.parametrize("preset", ["record", "mini"])
 def test_help_lists_every_field_with_its_line_and_default(preset, launcher, tmp_path):
     result = launcher.start(SCRIPT, "--preset", preset, "--help", cwd=tmp_path, COLUMNS="300").wait()
     assert result.returncode == 0 and result.stderr == "" and not list(tmp_path.iterdir())
@@ -1325,7 +1325,7 @@ def test_help_lists_every_field_with_its_line_and_default(preset, launcher, tmp_
 
 
 def test_every_field_can_be_set(launcher):
-    settings = program.PRESETS["tiny"]
+    settings = program.PRESETS["mini"]
     for field in SCALARS:
         if field.name == "resume":
             continue  # a checkpoint's own settings come with it
@@ -1342,7 +1342,7 @@ def test_every_field_can_be_set(launcher):
             new = (old or 24) * 2
             new = min(new, field.metadata.get("high", new))
         for arguments in ([f"--{field.name.replace('_', '-')}", str(new)], [f"--{field.name.replace('_', '-')}={new}"]):
-            changed, dry_run = program.parse_arguments(["--preset", "tiny", *arguments])
+            changed, dry_run = program.parse_arguments(["--preset", "mini", *arguments])
             assert value_in(changed, field.name) == new and type(value_in(changed, field.name)) is type(new)
             assert not dry_run
             others = [other.name for other in SCALARS if other.name not in (field.name, "momentum_warmup")]
@@ -1353,7 +1353,7 @@ def test_every_field_can_be_set(launcher):
 
 def test_steps_shrink_all_stages_in_proportion_and_count_the_extension(monkeypatch):
     monkeypatch.setattr(program, "PRESETS", recipe.PRESETS)
-    for preset, steps in (("tiny", 49), ("record", 139), ("tiny", 4), ("record", 2780)):
+    for preset, steps in (("mini", 49), ("record", 139), ("mini", 4), ("record", 2780)):
         settings, _ = program.parse_arguments(["--preset", preset, "--steps", str(steps)])
         old = [stage.steps for stage in program.PRESETS[preset].all_stages]
         new = [stage.steps for stage in settings.all_stages]
@@ -1367,7 +1367,7 @@ RECORD_TOKENS = 423 * 131_072 + 424 * 262_144 + (423 + 15) * 393_216
 RECORD_ACTIVE = {"head": 768 * 50_304, "MLP": 11 * 8 * 768**2, "attention": 10 * 4 * 768**2}
 
 
-@pytest.mark.parametrize("preset", ["record", "tiny"])
+@pytest.mark.parametrize("preset", ["record", "mini"])
 def test_dry_run_prints_the_plan_and_leaves_no_files(preset, launcher, tmp_path):
     result = launcher.start(SCRIPT, "--preset", preset, "--dry-run", cwd=tmp_path).wait()
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -1447,9 +1447,9 @@ def snapshot(thing):
 @pytest.mark.parametrize("steps_before", [0, 5], ids=["before the first step", "after some steps"])
 def test_warm_up_leaves_no_trace(steps_before, monkeypatch):
     # The network of train_gpt.py, and the schedule of recipe.py.
-    tiny = replace(recipe.TINY, model=program.PRESETS["tiny"].model)
-    monkeypatch.setitem(program.PRESETS, "tiny", tiny)
-    settings, _ = program.parse_arguments(["--preset", "tiny", *MODEL, "--steps", "8", "--val-seq-len", "256"])
+    mini = replace(recipe.MINI, model=program.PRESETS["mini"].model)
+    monkeypatch.setitem(program.PRESETS, "mini", mini)
+    settings, _ = program.parse_arguments(["--preset", "mini", *MODEL, "--steps", "8", "--val-seq-len", "256"])
     shrink = [replace(stage, batch_tokens=512) for stage in (*settings.stages, settings.extension)]
     settings = replace(settings, stages=tuple(shrink[:-1]), extension=shrink[-1])
     world = program.World(0, 1, torch.device("cpu"))

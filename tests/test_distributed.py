@@ -119,7 +119,7 @@ def start(launcher, files):
     def start(world_size, folder, *arguments, before=""):
         folder.mkdir(exist_ok=True)
         environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, *arguments)
+        options = ("--preset", "mini", *MODEL, *VALIDATION, *files, *arguments)
         return [
             launcher.start(SMALL + before + MAIN, *options, cwd=folder, RANK=str(r), LOCAL_RANK=str(r), **environment)
             for r in range(world_size)
@@ -234,7 +234,7 @@ def test_all_ranks_hold_the_same_weights_after_an_update(moment, world_size, not
 # What is off at first; embedding tables are updated in steps 2, 4, 8, 12, …, and the last eight steps are averaged.
 LEADS = """
 leads = {"polar_steps": 6, "slow_momentum": 0.98, "average_steps": 148, "tables_every": 2, "tables_from": 74}
-train_gpt.PRESETS["tiny"] = dataclasses.replace(train_gpt.PRESETS["tiny"], **leads)
+train_gpt.PRESETS["mini"] = dataclasses.replace(train_gpt.PRESETS["mini"], **leads)
 """
 
 
@@ -384,14 +384,14 @@ def torchrun(launcher, tmp_path):
 def test_mistake_is_printed_under_torchrun_even_where_rank_0_is_the_slowest_to_see_it(torchrun):
     # torchrun ends all ranks as soon as one has failed.
     late = "import os, time\ntime.sleep(2.5 * (os.environ['RANK'] == '0'))\nimport sys, train_gpt\n" + MAIN
-    result = torchrun(late, "--preset", "tiny", "--stepz", 8).wait()
+    result = torchrun(late, "--preset", "mini", "--stepz", 8).wait()
     assert result.returncode != 0
     assert len(re.findall(r"^train_gpt\.py: .*--steps", result.stderr, re.MULTILINE)) == 1, result.stderr
     assert result.stderr.index("train_gpt.py: ") < result.stderr.index("ChildFailedError")
 
 
 def test_signal_to_torchrun_ends_all_ranks_after_the_same_step(files, torchrun, tmp_path):
-    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
+    options = ("--preset", "mini", *MODEL, *VALIDATION, *files, "--steps", "400", "--epochs", "99")
     running = torchrun(SMALL + counting(2, signalled=-1, name="SIGTERM") + MAIN, *options)
     assert running.wait_for("step:3/400 train_loss")
     running.kill(signal.SIGTERM)
@@ -416,7 +416,7 @@ def test_two_nodes_have_the_losses_of_one_with_as_many_processes(enough, tmp_pat
         folder.mkdir()
         for file in ("run.sh", "setup.sh", "train_gpt.py", "requirements.txt"):
             shutil.copy(ROOT / file, folder)
-        options = ("--preset", "tiny", *MODEL, *VALIDATION, *map(str, enough), "--steps", str(STEPS))
+        options = ("--preset", "mini", *MODEL, *VALIDATION, *map(str, enough), "--steps", str(STEPS))
         environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return subprocess.Popen(["bash", folder / "run.sh", *options], env=environment, stderr=subprocess.PIPE)

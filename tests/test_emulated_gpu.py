@@ -42,6 +42,6 @@ def test_a_gpus_half_hour_is_rehearsed(device, tmp_path):
     """Each part begins, and none fails; what takes longer than the limit is cut off."""
     environment = emulated_gpu.every_python(device)
     small = ("--dim", "128", "--heads", "2", "--slices", "64")
-    results, _ = half_hour(tmp_path / "out", *small, PRESET="tiny", STEPS="4", LIMIT="120", **environment)
+    results, _ = half_hour(tmp_path / "out", *small, PRESET="mini", STEPS="4", LIMIT="120", **environment)
     assert {results[part] for part in ("environment", "shards", "slices")} == {"ok"}
     assert set(results.values()) <= {"ok", "cut off after 120 s"}, results

@@ -22,19 +22,19 @@ import sample
 import shards
 import train_gpt
 from command import UserError
-from recipe import TINY
+from recipe import MINI
 from test_command_line import launcher  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
 
-CONFIG = replace(TINY.model, dim=32, heads=2, bigram_dim=16)
+CONFIG = replace(MINI.model, dim=32, heads=2, bigram_dim=16)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A checkpoint of a random model of bytes."""
     torch.manual_seed(0)
-    settings = replace(TINY, model=CONFIG)
+    settings = replace(MINI, model=CONFIG)
     model = train_gpt.GPT(CONFIG)
     for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p)
@@ -314,7 +314,7 @@ def test_hellaswag_of_a_trained_model_finds_the_likely_endings_packed_or_not(lau
         tokens = [token for _ in range(documents) for token in (256, *text(20).encode())]
         shards.write_shard(tmp_path / f"w_{name}_000000.bin", np.array(tokens))
     files = ("--train-files", tmp_path / "w_train_*.bin", "--val-files", tmp_path / "w_val_*.bin")
-    options = ("--preset", "tiny", *MODEL, *VALIDATION, *files, "--steps", "60", "--checkpoint-last", "--run-id", "w")
+    options = ("--preset", "mini", *MODEL, *VALIDATION, *files, "--steps", "60", "--checkpoint-last", "--run-id", "w")
     assert launcher.start(SMALL + MAIN, *options, cwd=tmp_path).wait().returncode == 0
 
     items = []

@@ -51,7 +51,7 @@ to_cpu = set()
 torch.cuda.current_stream, torch.cuda.Event = Stream, lambda enable_timing: None
 torch.tensor, FakeTensorMode.__torch_dispatch__ = new_tensor, dispatch
 torch.compiler.set_stance("force_eager")
-settings = replace(recipe.TINY, model=train_gpt.PRESETS["tiny"].model)
+settings = replace(recipe.MINI, model=train_gpt.PRESETS["mini"].model)
 world = train_gpt.World(0, 1, torch.device("cuda", 0))
 dtype = train_gpt.choose_dtype(settings, world.device)
 with fake_cuda.tensors():

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import train_gpt
-from recipe import RECORD, TINY
+from recipe import MINI, RECORD
 from test_optimizer import MODEL
 from train_gpt import GPT, Optimizer, UserError, estimate_gpu_memory, make_context, schedule, token_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = len(MODEL.layers)
-SETTINGS = replace(TINY, model=MODEL)
+SETTINGS = replace(MINI, model=MODEL)
 BUFFERS = ("w_in8", "w_in8_scale", "w_out8", "w_out8_scale", "next_w_out8_scale", "post_scale")
 
 

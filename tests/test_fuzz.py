@@ -23,7 +23,7 @@ import torch
 import train_gpt as program
 
 pytestmark = pytest.mark.slow
-CONFIG = dataclasses.replace(program.PRESETS["tiny"].model, dim=32, heads=2, bigram_dim=16)
+CONFIG = dataclasses.replace(program.PRESETS["mini"].model, dim=32, heads=2, bigram_dim=16)
 
 
 def assert_line(error: program.UserError, name: str) -> None:
@@ -66,7 +66,7 @@ def test_random_shards(tmp_path):
 
 def test_random_plans_take_every_token_from_within_its_document(tmp_path):
     rng = random.Random(1)
-    stage = dataclasses.replace(program.PRESETS["tiny"].extension, steps=1)
+    stage = dataclasses.replace(program.PRESETS["mini"].extension, steps=1)
     done = 0
     for case in range(300):
         for number in range(rng.randrange(1, 4)):
@@ -80,10 +80,10 @@ def test_random_plans_take_every_token_from_within_its_document(tmp_path):
             stage, batch_tokens=slices * rng.randrange(1, 200), max_seq_len=rng.randrange(1, 99)
         )
         settings = dataclasses.replace(
-            program.PRESETS["tiny"], model=CONFIG, slices=slices, stages=(stage,) * 2, extension=stage,
+            program.PRESETS["mini"], model=CONFIG, slices=slices, stages=(stage,) * 2, extension=stage,
             epochs=rng.randrange(1, 4),
         )  # fmt: skip
-        paths = program.find_shards(str(tmp_path / f"c{case}_*.bin"), "tiny")
+        paths = program.find_shards(str(tmp_path / f"c{case}_*.bin"), "mini")
         try:
             plan, _ = program.plan_batches(settings, paths)
         except program.UserError as error:
@@ -98,7 +98,7 @@ def test_random_plans_take_every_token_from_within_its_document(tmp_path):
 
 def test_random_damage_to_checkpoints(tmp_path):
     torch.manual_seed(0)
-    settings = dataclasses.replace(program.PRESETS["tiny"], model=CONFIG)
+    settings = dataclasses.replace(program.PRESETS["mini"], model=CONFIG)
     model, path = program.GPT(CONFIG), tmp_path / "fuzz.pt"
     state = {"model": {name: p.detach() for name, p in model.named_parameters()}, "step": 5}
     torch.save({**state, "settings": dataclasses.asdict(settings), "train_time_ms": 1.0}, path)
@@ -131,7 +131,7 @@ def random_arguments(rng: random.Random) -> list[str]:
         "3.5",
         "true",
         "false",
-        "tiny",
+        "mini",
         "record",
         "nan",
         "1e999",
@@ -288,7 +288,7 @@ def same(a, b) -> bool:
 def test_random_parts_of_checkpoints_missing_renamed_or_others(tmp_path):
     """A run goes on from one only if what it took of it is what was saved."""
     torch.manual_seed(0)
-    settings = dataclasses.replace(program.PRESETS["tiny"], model=CONFIG, resume=str(tmp_path / "fuzz.pt"))
+    settings = dataclasses.replace(program.PRESETS["mini"], model=CONFIG, resume=str(tmp_path / "fuzz.pt"))
     model = program.GPT(CONFIG)
     optimizer = program.Optimizer(model, settings)
     for state in optimizer.state.values():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt as program
-from recipe import RECORD, TINY
+from recipe import MINI, RECORD
 from train_gpt import (
     GPT,
     Layer,
@@ -77,7 +77,7 @@ MODEL = ModelConfig(
 )
 
 
-def settings_and_model(preset=TINY, dtype=torch.float32, shards=1, **changes):
+def settings_and_model(preset=MINI, dtype=torch.float32, shards=1, **changes):
     """Settings and a model in which no parameter is zero, except for the padding of the banks."""
     torch.manual_seed(0)
     model = GPT(MODEL, dtype, shards)
@@ -407,9 +407,9 @@ def test_last_step_leaves_the_banks_halfway_to_their_mean_over_the_last_steps_an
 
 
 def test_more_averaged_steps_than_steps_are_a_users_mistake():
-    program.check_settings(replace(TINY, average_steps=370), 1)
+    program.check_settings(replace(MINI, average_steps=370), 1)
     with pytest.raises(program.UserError, match="--average-steps 371 .* 370 steps"):
-        program.check_settings(replace(TINY, average_steps=371), 1)
+        program.check_settings(replace(MINI, average_steps=371), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def test_adams_table_is_the_recipes():
 
 
 def test_adam_takes_the_sum_of_two_steps_gradients_on_odd_steps_and_equals_a_float64_computation():
-    stages = tuple(replace(stage, tied=False, lr=1.5) for stage in TINY.stages)
+    stages = tuple(replace(stage, tied=False, lr=1.5) for stage in MINI.stages)
     settings, model = settings_and_model(stages=stages, adam_wd=1.0)  # two hundred times the real one, to be seen
     optimizer = Optimizer(model, settings)
     params = {name: p for name, p in model.named_parameters() if name not in BANKS}
@@ -480,7 +480,7 @@ def test_a_model_whose_only_value_embedding_is_the_mudd_layers_has_no_parameter_
     tokens = torch.randint(100, (33,), generator=torch.Generator().manual_seed(0))
     model(tokens[:-1], tokens[1:], program.make_context(config, 32, (8, 16), model.embed)).backward()
     assert all(p.grad is not None and p.numel() for p in model.parameters())
-    Optimizer(model, replace(TINY, model=config)).step(schedule(TINY, 1))
+    Optimizer(model, replace(MINI, model=config)).step(schedule(MINI, 1))
 
 
 def test_adams_weight_decay_spares_weights_that_the_update_grows():
@@ -493,7 +493,7 @@ def test_adams_weight_decay_spares_weights_that_the_update_grows():
 
 
 def test_adam_rounds_bfloat16_parameters_to_nearest_and_keeps_float32_moments():
-    untied = replace(TINY.stages[0], tied=False)
+    untied = replace(MINI.stages[0], tied=False)
     settings, model = settings_and_model(dtype=torch.bfloat16, stages=(untied,))
     optimizer = Optimizer(model, settings)
     name = "lm_head"
@@ -561,7 +561,7 @@ def test_embed_is_the_heads_transpose_up_to_step_847_and_goes_on_with_its_moment
 def test_embedding_tables_wait_for_every_second_update_from_a_step_on_also_where_embed_and_head_part(parting):
     """From step 4 on they take the gradients of four steps, for the first time at step 7."""
     lengths = (7, parting - 7, 30)
-    stages = tuple(replace(stage, steps=steps) for stage, steps in zip(TINY.stages, lengths, strict=True))
+    stages = tuple(replace(stage, steps=steps) for stage, steps in zip(MINI.stages, lengths, strict=True))
     assert [stage.tied for stage in stages] == [True, True, False]
     settings, model = settings_and_model(stages=stages, tables_every=2, tables_from=4, cooldown=0.001, adam_wd=1.0)
     optimizer = Optimizer(model, settings)

@@ -75,6 +75,12 @@ def test_adam_runs_on_odd_steps():
     assert [step for step in range(9) if schedule(RECORD, step).adam] == [1, 3, 5, 7]
 
 
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2, 3, 4, 5, 6, 7, 8]), (3, [2, 5, 8]), (9, [8]), (10, [])])
+def test_adam_can_run_more_often_or_less(every, steps):
+    settings = replace(RECORD, adam_every=every)
+    assert [step for step in range(9) if schedule(settings, step).adam] == steps
+
+
 def test_embedding_tables_can_have_every_second_of_adams_updates_from_a_step_on():
     settings = replace(RECORD, tables_every=2, tables_from=336)
     hypers = {step: schedule(settings, step) for step in (*range(330, 345), *range(918, 929))}

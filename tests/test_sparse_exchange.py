@@ -14,7 +14,7 @@ import sys
 import torch
 import torch.distributed as dist
 import train_gpt as t
-from recipe import TINY
+from recipe import MINI
 from dataclasses import replace
 
 torch.compiler.set_stance("force_eager")
@@ -27,8 +27,8 @@ def reduced(optimizer, grad):
     return optimizer.finish_reduction(optimizer.launch_reduction("bigram_table"))
 
 for dtype in (torch.float32, torch.bfloat16):
-    config = replace(TINY.model, dim=32, heads=4, bigram_dim=8)
-    settings = replace(TINY, model=config, slices=size)
+    config = replace(MINI.model, dim=32, heads=4, bigram_dim=8)
+    settings = replace(MINI, model=config, slices=size)
     torch.manual_seed(0)
     model = t.GPT(config, dtype, size)
     context = t.make_context(config, 192, (32, 64), model.embed)

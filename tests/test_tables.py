@@ -20,13 +20,13 @@ def plan(launcher, tmp_path):  # noqa: F811
 
     def run(layers=GOOD_LAYERS, stages=GOOD_STAGES, options=()):
         text = SCRIPT.read_text()
-        for name, rows in (("TINY_LAYERS", layers), ("TINY_STAGES", stages)):
+        for name, rows in (("MINI_LAYERS", layers), ("MINI_STAGES", stages)):
             table = name + " = (\n" + "".join(f"    {row},\n" for row in rows) + ")\n"
             text, count = re.subn(rf"^{name} = \(\n.*?^\)\n", lambda _, new=table: new, text, flags=re.S | re.M)
             assert count == 1
         script = tmp_path / "train_gpt.py"
         script.write_text(text)
-        return launcher.start(script, "--preset", "tiny", "--dry-run", *options, cwd=tmp_path).wait()
+        return launcher.start(script, "--preset", "mini", "--dry-run", *options, cwd=tmp_path).wait()
 
     return run
 

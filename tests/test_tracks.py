@@ -333,6 +333,6 @@ def test_every_record_of_the_track_has_options_that_exist():
 
 
 def test_tokens_of_a_run_come_from_its_log(tmp_path):
-    settings = train_gpt.with_steps(recipe.TINY, 37)
+    settings = train_gpt.with_steps(recipe.MINI, 37)
     (tmp_path / "x.txt").write_text(f"source\nsettings: {json.dumps(asdict(settings))}\n")
     assert track.tokens_of(tmp_path / "x.txt") == 37 * 8192

@@ -8,7 +8,7 @@ import torch
 
 import train_gpt
 
-CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=64, heads=4, bigram_dim=16, gates=True)
+CONFIG = replace(train_gpt.PRESETS["mini"].model, dim=64, heads=4, bigram_dim=16, gates=True)
 
 
 @pytest.fixture

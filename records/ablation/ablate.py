@@ -1,6 +1,6 @@
 """What each technique is worth: trains a preset with each one switched off, or on; a table of differences.
 
-    python records/ablation/ablate.py [--preset tiny] [--steps 80] [--seeds 3] [--out FOLDER]
+    python records/ablation/ablate.py [--preset mini] [--steps 80] [--seeds 3] [--out FOLDER]
     python records/ablation/ablate.py --only no_mudd --only no_xsa     these alone, and the preset
     python records/ablation/ablate.py --table                          from the logs there are
 
@@ -33,7 +33,7 @@ import train_gpt
 from runs import ROOT, Origin, finished, interval, origin, side_by_side, step_time, train
 
 SCRIPT = "train_gpt.py"
-OUT = ROOT / "records" / "ablation"  # of preset tiny; others have a folder in it
+OUT = ROOT / "records" / "ablation"  # of preset mini; others have a folder in it
 BASE = "all"
 NO_TECHNIQUES = ("compile", "kernels", "muon", "fp8", "sparse_exchange", "checkpoint_last")
 TECHNIQUES = {
@@ -44,7 +44,7 @@ TECHNIQUES = {
 }
 # Techniques that have nothing to do in a preset: whose windows do not grow there, whose bytes have no prefixes,
 # which has no gates for DC to come from.
-IDLE = {"tiny": {"dc", "extension_windows", "long_validation", "prefix_tokens"}}
+IDLE = {"mini": {"dc", "extension_windows", "long_validation", "prefix_tokens"}}
 # What presets leave out, by the options that add it. Steps are those of the whole schedule, and shrink with it.
 ADDED = {
     "gates": ("gates that small networks make", {"gates": True, "dc": False}),
@@ -207,19 +207,19 @@ def quickest(runs: dict[int, logbook.Run]) -> float:
 def main() -> None:
     parser = command.Parser(description=__doc__.split("\n\n")[0])
     count = command.between(1, 1_000_000)
-    help = "the experiment, one of train_gpt.py's (default: tiny)"
-    parser.add_argument("--preset", choices=train_gpt.PRESETS, default="tiny", help=help)
+    help = "the experiment, one of train_gpt.py's (default: mini)"
+    parser.add_argument("--preset", choices=train_gpt.PRESETS, default="mini", help=help)
     parser.add_argument("--steps", type=count, default=80, help="of each run (default: 80)")
     parser.add_argument("--seeds", type=count, default=3, help="runs of each variant (default: 3)")
     help = "this variant and the preset alone, and table.md stays as it is; may be given repeatedly"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=help)
-    help = "of logs and table.md (default: records/ablation; a folder in it if not tiny)"
+    help = "of logs and table.md (default: records/ablation; a folder in it if not mini)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=help)
     parser.add_argument("--table", action="store_true", help="only the table, of what is there")
     arguments = parser.parse_args()
     preset, steps, seeds = arguments.preset, arguments.steps, arguments.seeds
     chosen = choose(arguments.only)
-    out = OUT if preset == "tiny" else OUT / preset
+    out = OUT if preset == "mini" else OUT / preset
     if arguments.out:
         out = arguments.out.resolve()
 

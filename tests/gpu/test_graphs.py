@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("compiled")
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 # The table of `tiny` with all it has, and half its width.
-CONFIG = replace(train_gpt.PRESETS["tiny"].model, dim=128, heads=2, bigram_rows=1, gates=True, narrow_qk=True)
-TINY = replace(recipe.TINY, model=CONFIG)
+CONFIG = replace(train_gpt.PRESETS["mini"].model, dim=128, heads=2, bigram_rows=1, gates=True, narrow_qk=True)
+MINI = replace(recipe.MINI, model=CONFIG)
 LENGTH = 384  # three of FlexAttention's blocks
 # Relative errors of gradients and updates: of banks and tables, and of what has few numbers. A bf16 has 8 bits, so that
 # one part in 256 is lost at each rounding; where the CPU's bf16 (or FP8) is farther from float32, as with sums in which
@@ -218,7 +218,7 @@ def test_losses_of_validation_are_the_cpus():
 
 def updates(model, gradients) -> dict[str, torch.Tensor]:
     """What three steps change: one of NorMuon alone, one with the embedding tied, one that unties it."""
-    optimizer = train_gpt.Optimizer(model, TINY)
+    optimizer = train_gpt.Optimizer(model, MINI)
     begin = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step, gradient in zip((0, 1, 241), gradients):
         for name, p in model.named_parameters():
@@ -228,7 +228,7 @@ def updates(model, gradients) -> dict[str, torch.Tensor]:
                 p.grad = grad
             else:
                 gathered += grad
-        optimizer.step(train_gpt.schedule(TINY, step))
+        optimizer.step(train_gpt.schedule(MINI, step))
     changes = {}
     for name, p in model.named_parameters():
         value, low = p.data, optimizer.state[name].get("low")

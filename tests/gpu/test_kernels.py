@@ -406,7 +406,7 @@ def test_the_whole_model_with_the_kernels_is_one_graph_with_the_plain_loss_and_g
     without kernels is off by more, the kernels may be off by twice as much.
     """
     torch.manual_seed(1)
-    config = replace(recipe.TINY.model, dim=96, heads=4, bigram_dim=16)
+    config = replace(recipe.MINI.model, dim=96, heads=4, bigram_dim=16)
     exact = train_gpt.GPT(config)
     rounded = train_gpt.GPT(config, BF16)
     model = train_gpt.GPT(config, BF16, kernels=True, fp8=fp8)

@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 
 def losses(folder: Path, files, *options, **environment) -> dict[tuple[str, str], float]:
     folder.mkdir()
-    command = [sys.executable, "-c", RECIPE + MAIN, "--preset", "tiny", "--steps", "16"]
+    command = [sys.executable, "-c", RECIPE + MAIN, "--preset", "mini", "--steps", "16"]
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     command += [*files, *options, "--val-tokens", "16384", "--val-every", "4"]
     run = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def test_losses_are_those_of_the_cpu(files, tmp_path):
 
 
 def test_a_step_does_not_wait_for_the_device_and_compiles_nothing():
-    settings = replace(recipe.TINY, model=train_gpt.PRESETS["tiny"].model)
+    settings = replace(recipe.MINI, model=train_gpt.PRESETS["mini"].model)
     world = train_gpt.World(0, 1, CUDA)
     model, objective, optimizer = train_gpt.build(settings, world)
     train_gpt.warm_up(settings, model, objective, optimizer, world)

@@ -203,7 +203,7 @@ def part_of_step(template: bool, product: bool, shapes: list, functions: Counter
         return "embedding tables"
     if vocab in sizes:
         return "head and loss"
-    if 4 * config.dim in sizes:
+    if config.mlp_ratio * config.dim in sizes:
         return "MLP"
     if product:
         narrow = any(min(shape[-2:]) <= 64 for shape in shapes if len(shape) >= 2)

@@ -4,7 +4,8 @@
 
 It needs the preset's training shards. MFU is the FLOPs of a step, from the settings, against what a large
 matmul reaches on the same device, measured on the spot. --profile adds where the time of a step goes, in
-each stage: by kind of kernel, and the kernels that take most. On the CPU operators stand for kernels.
+each stage: by kind of kernel, and the kernels that take most. On the CPU operators stand for kernels, and the
+floor is added: what the step's matmuls would take, the optimizer's too, if each ran as a large one does.
 """
 
 import sys
@@ -21,6 +22,7 @@ command.catch_interrupts(__name__)  # before the imports that take seconds
 
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -83,40 +85,56 @@ class Runner:
                 self.optimizer.touched.append(train_gpt.touched_rows(tokens, settings.model))
             tokens = tokens.to(device, non_blocking=True)
             train_gpt.train_step(self.objective, tokens, context, settings.slices)
-            tables = train_gpt.schedule(settings, first + step).tables
-            self.optimizer.step(hyper._replace(adam=step % 2 == 1, tables=tables))
+            due = train_gpt.schedule(settings, first + step)
+            self.optimizer.step(hyper._replace(adam=due.adam, tables=due.tables))
             yield
 
 
-def kernels(runner: Runner, number: int) -> list[tuple[str, float, float]]:
-    """The kernels of a stage's step, with Adam as often as it runs: name, milliseconds and calls; longest first."""
+class Kernel(NamedTuple):
+    """A kernel, in a step."""
+
+    name: str
+    ms: float
+    calls: float
+    flops: float  # of matmuls on the CPU; else 0
+
+
+def kernels(runner: Runner, number: int) -> list[Kernel]:
+    """The kernels of a stage's step, with Adam as often as it runs, longest first."""
     cuda = runner.world.device.type == "cuda"
-    steps = 2 * runner.settings.tables_every
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+    steps = runner.settings.adam_every * runner.settings.tables_every
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], with_flops=not cuda) as profiler:
         for _ in runner.steps(number, steps):
             pass
     events = [event for event in profiler.key_averages() if event.device_type.name == ("CUDA" if cuda else "CPU")]
     spent = [event.self_device_time_total if cuda else event.self_cpu_time_total for event in events]
-    rows = [(event.key, each / 1000 / steps, event.count / steps) for event, each in zip(events, spent)]
-    return sorted(rows, key=lambda row: -row[1])
+    found = []
+    for event, each in zip(events, spent):
+        flops = event.flops if kind(event.key) == "other matmuls" else 0
+        found.append(Kernel(event.key, each / 1000 / steps, event.count / steps, flops / steps))
+    return sorted(found, key=lambda kernel: -kernel.ms)
 
 
 def kind(name: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, name.lower())), "the rest")
 
 
-def print_profile(rows: dict[str, list[tuple[str, float, float]]], longest: int) -> None:
+def print_profile(stages: dict[str, list[Kernel]], longest: int, peak: float) -> None:
     """Of each stage, by name: milliseconds a step of each kind, and the kernels that take most."""
-    print(f"\nms a step, profiled\n\n| | {' | '.join(rows)} |\n{'|---' * (len(rows) + 1)}|")
+    print(f"\nms a step, profiled\n\n| | {' | '.join(stages)} |\n{'|---' * (len(stages) + 1)}|")
     for each in (*KINDS, "the rest"):
-        cells = [sum(spent for name, spent, _ in stage if kind(name) == each) for stage in rows.values()]
+        cells = [sum(kernel.ms for kernel in stage if kind(kernel.name) == each) for stage in stages.values()]
         if any(cells):
             print(f"| {each} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    for name, stage in rows.items():
-        total = sum(spent for _, spent, _ in stage)
+    floors = [sum(kernel.flops for kernel in stage) / peak * 1000 for stage in stages.values()]
+    if any(floors):
+        print(f"| the floor: matmuls alone, at the peak | {' | '.join(f'{floor:.2f}' for floor in floors)} |")
+    for name, stage in stages.items():
+        total = sum(kernel.ms for kernel in stage)
         print(f"\n| {name}: kernel | ms a step | of {total:.1f} | calls a step |\n|---|---|---|---|")
-        for kernel, spent, calls in stage[:longest]:
-            print(f"| `{kernel[:80]}` | {spent:.2f} | {spent / total:.0%} | {calls:g} |")
+        for kernel in stage[:longest]:
+            print(f"| `{kernel.name[:80]}` | {kernel.ms:.2f} | {kernel.ms / total:.0%} | {kernel.calls:g} |")
 
 
 def main() -> None:
@@ -124,8 +142,9 @@ def main() -> None:
     parser.add_argument("--measure", type=int, default=20, help="steps that are measured in each stage (default: 20)")
     parser.add_argument("--profile", type=int, default=0, help="kernels to name in each stage (default: none)")
     arguments, rest = parser.parse_known_args()
-    count = max(2, arguments.measure // 2 * 2)  # Adam takes part in every second
     settings, _ = train_gpt.parse_arguments(rest)
+    every = settings.adam_every
+    count = max(every, arguments.measure // every * every)  # as many with Adam as there are in a run
     world = train_gpt.find_world()
     cuda = world.device.type == "cuda"
     train_gpt.check_settings(settings, world.size)
@@ -159,7 +178,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         print("\n".join(lines))
         if profiles:
-            print_profile(profiles, arguments.profile)
+            print_profile(profiles, arguments.profile, peak)
     if world.size > 1:
         torch.distributed.destroy_process_group()
 

@@ -55,6 +55,8 @@ def flat(settings: dict) -> dict:
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             for index, item in enumerate(value):
                 add(f"{name}[{index}]", item)
+        elif isinstance(value, float) and value.is_integer():
+            found[name] = int(value)  # 15 in a table and 15.0 from the command line are one setting
         else:
             found[name] = value
 

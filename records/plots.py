@@ -284,13 +284,20 @@ def draw_ends(axes, drawn: list[Curve], targets: list[float], unit: str, unit_ms
 
 
 def draw_progress(matplotlib, days: list, seconds: list[float], target: float):
-    """Record time against date: a line that falls at each record, and that goes on to the newest."""
+    """Record time against date: a line that falls at each record, and that goes on to the newest.
+
+    Where all came within two months, it is against the record's number.
+    """
     figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    dated = (days[-1] - days[0]).days >= 60
+    places = days if dated else range(1, len(days) + 1)
     unit, unit_ms, _ = next(unit for unit in UNITS if 1000 * max(seconds) < unit[2])
     times = [1000 * each / unit_ms for each in seconds]
-    axes.step(days, times, where="post", color=COLORS[1], linewidth=1.2)
-    axes.plot(days, times, "o", color=COLORS[1], markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+    axes.step(places, times, where="post", color=COLORS[1], linewidth=1.2)
+    axes.plot(places, times, "o", color=COLORS[1], markersize=4, markeredgecolor="white", markeredgewidth=0.5)
+    for place, time in ((places[0], times[0]), (places[-1], times[-1])):
+        axes.annotate(f"{time:,.3g}", (place, time), xytext=(0, 7), textcoords="offset points", ha="center")
     if max(times) > LOG_SCALE_FROM * min(times):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -298,12 +305,11 @@ def draw_progress(matplotlib, days: list, seconds: list[float], target: float):
     else:
         axes.set_ylim(0, max(times) * 1.08)
     axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,.10g}"))
-    if (days[-1] - days[0]).days < 60:
-        axes.set_xticks(sorted({days[0], days[-1]}))
-        axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m-%d"))
-    else:
+    if dated:
         axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m"))
+    else:
+        axes.set_xticks(places)
     axes.set_ylabel(f"Training time to {target:g} nats per token ({unit})")
-    axes.set_xlabel("Date of the record")
+    axes.set_xlabel("Date of the record" if dated else f"Record, from {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}")
     axes.grid(color="0.93")
     return figure

@@ -127,13 +127,13 @@ def test_parameter_count_is_gpt2s_plus_the_padding():
 
 
 @pytest.mark.recipe
-def test_tiny_has_as_many_matrix_parameters_as_the_preset_tiny():
+def test_tiny_has_as_many_matrix_parameters_as_the_preset_mini():
     """The blocks' matrices and the output matrix, to half a percent; and as many layers."""
     with torch.device("meta"):
         model = baseline.GPT(baseline.TINY)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name != "wpe.weight")
-    config = speedrun.PRESETS["tiny"].model
-    without_attention = replace(speedrun.PRESETS["tiny"].extension, windows=(0, 0))
+    config = speedrun.PRESETS["mini"].model
+    without_attention = replace(speedrun.PRESETS["mini"].extension, windows=(0, 0))
     assert matrices == pytest.approx(speedrun.flops_per_token(config, without_attention) / 6, rel=0.005)
     assert baseline.TINY.layers == len(config.layers)
     assert model.wte.num_embeddings == config.padded_vocab

@@ -63,7 +63,7 @@ def test_kernel_that_does_not_fit_is_a_negative_verdict(monkeypatch, capsys):
 @pytest.mark.recipe
 def test_every_graph_of_a_run_compiles_for_a_gpu_that_is_not_there():
     pytest.importorskip("triton")
-    result = command("graphs.py", "--preset", "tiny", "--fp8", "false", "--target", "80")
+    result = command("graphs.py", "--preset", "mini", "--fp8", "false", "--target", "80")
     assert result.returncode == 0, result.stdout + result.stderr
     header, *rows = result.stdout.splitlines()
     assert header.startswith("sm_80 ")
@@ -84,7 +84,7 @@ def test_a_mistake_in_the_options_of_graphs_is_one_line():
 
 def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(enough):  # noqa: F811
     sizes = ("--val-tokens", "2048", "--val-seq-len", "1024", "--slices", "1")
-    options = ("--preset", "tiny", *MODEL, *sizes, "--measure", "2", "--profile", "3")
+    options = ("--preset", "mini", *MODEL, *sizes, "--measure", "2", "--profile", "3")
     result = command("step_time.py", *options, *enough)
     assert result.returncode == 0, result.stderr
     row = r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \| \d+% \| \d+ MiB \|$"
@@ -100,7 +100,15 @@ def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(enough):  # noqa
     titles, _, *rows = kinds.strip().splitlines()
     assert titles == f"| {' | '.join(f'stage {name}' for name in names)} |"
     table = {name: [float(cell) for cell in cells] for name, *cells in (row.strip("| ").split(" | ") for row in rows)}
+    floor = table.pop("the floor: matmuls alone, at the peak")
     assert {"other matmuls", "the rest"} <= table.keys() and all(min(cells) >= 0 for cells in table.values())
+    peak = 1e12 * float(re.search(r"large matmul ([\d.]+) TFLOP/s", result.stdout)[1])
+    # Forward and backward at least; attention and NorMuon multiply, too.
+    settings, _ = train_gpt.parse_arguments([*options[:-4]])
+    for stage, ms in zip(STAGES, floor, strict=True):
+        alone = dataclasses.replace(stage, windows=(0, 0))
+        least = stage.batch_tokens * train_gpt.flops_per_token(settings.model, alone) / peak * 1000
+        assert least * 0.9 < ms < 3 * least + 10
     assert len(stages) == len(STAGES)
     for number, stage in enumerate(stages):
         title, _, *longest = stage.strip().splitlines()
@@ -108,7 +116,7 @@ def test_step_time_prints_a_row_a_stage_and_where_its_time_goes(enough):  # noqa
         assert total == pytest.approx(sum(cells[number] for cells in table.values()), abs=0.1)
         spent = [float(row.split(" | ")[1]) for row in longest]
         assert len(spent) == 3 and spent == sorted(spent, reverse=True) and sum(spent) < total
-    result = command("step_time.py", "--preset", "tiny", "--train-files", "none_*.bin")
+    result = command("step_time.py", "--preset", "mini", "--train-files", "none_*.bin")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none_*.bin" in result.stderr
 
 
@@ -130,11 +138,11 @@ def test_a_profile_knows_the_kinds_of_kernels_that_a_gpu_runs():
 
 
 def test_attention_prints_a_cell_a_stage_and_one_for_the_validation(enough):  # noqa: F811
-    options = ("--preset", "tiny", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", *enough)
+    options = ("--preset", "mini", *MODEL, "--val-tokens", "2048", "--val-seq-len", "1024", *enough)
     result = command("attention.py", *options)
     assert result.returncode == 0, result.stderr
     titles, _, row = result.stdout.strip().splitlines()[-3:]
-    slices = train_gpt.PRESETS["tiny"].slices
+    slices = train_gpt.PRESETS["mini"].slices
     sizes = []
     for number, stage in enumerate(STAGES[:-1], 1):
         sizes.append(f"stage {number}, {stage.batch_tokens // slices:,} tokens")
@@ -355,7 +363,7 @@ def test_what_runs_every_second_step_is_counted_half():
 @pytest.mark.slow
 def test_products_of_the_compiled_graphs_are_the_models(tmp_path):
     pytest.importorskip("triton")
-    options = ("--preset", "tiny", "--slices", 8, "--steps", 4, "--dim", 384, "--heads", 4)
+    options = ("--preset", "mini", "--slices", 8, "--steps", 4, "--dim", 384, "--heads", 4)
     result = command("cost.py", "--save", tmp_path / "counts.json", *options)
     assert result.returncode == 0, result.stderr
     stages = json.loads((tmp_path / "counts.json").read_text())

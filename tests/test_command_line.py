@@ -515,8 +515,8 @@ def test_unknown_option_or_value_is_named_with_the_closest_that_exists(arguments
     "option",
     ["--dim 0", "--dim -32", "--dim 4", "--heads 0", "--heads 16", "--vocab-size 0", "--bos-id -1", "--bos-id 99999"]
     + ["--bigram-dim 0", "--bigram-dim 33", "--bigram-rows 0", "--momentum-warmup 0", "--momentum-cooldown 0"]
-    + ["--ngram 1", "--ngram 4", "--ngram 6", "--val-short-window 0", "--val-long-window -1"]
-    + ["--cooldown 0", "--cooldown 1", "--cooldown 2"]
+    + ["--ngram 1", "--ngram 4", "--ngram 6", "--mlp-ratio 0", "--val-short-window 0", "--val-long-window -1"]
+    + ["--cooldown 0", "--cooldown 1", "--cooldown 2", "--adam-every 0", "--adam-every 99"]
     + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1"]
     + ["--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
 )

@@ -461,6 +461,7 @@ def test_what_cannot_matter_does_not_part_an_experiment(tmp_path):
     pytest.importorskip("scipy")
     runs = experiment(tmp_path, TINY_LOSSES)
     changes = {"val_every": 10, "checkpoint_every": 50, "resume": "a.pt", "wandb": "w"}
+    changes["model"] = {"dim": 256.0, "xsa": True}  # as an option of a number that need not be whole is read
     runs += experiment(tmp_path, [1.40], first_seed=9, val_files="y/sympy_val_*.bin", **changes)
     done = logbook("stats", "--json", *runs)
     assert json.loads(done.stdout)["n"] == 4 and done.stderr == ""

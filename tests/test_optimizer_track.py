@@ -304,6 +304,63 @@ def test_soap_equals_the_papers_algorithm(shape):
     torch.testing.assert_close(found, torch.from_numpy(p), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (3, 5)])
+@pytest.mark.parametrize("floor", [0.0, 0.9])
+def test_soap_muon_orthogonalizes_soaps_scaled_momentum(shape, floor):
+    """Against NumPy, with the SVD; its rows have their floor, and only what it brings closer to 0 decays."""
+    start, *gradients = matrices(*shape, 7)
+    p, first, *later = (each.numpy() for each in (start, *gradients))
+    left, right = 0.1 * first @ first.T, 0.1 * first.T @ first
+    rows, columns = (np.linalg.eigh(factor)[1][:, ::-1] for factor in (left, right))
+    average, square = np.zeros(shape), np.zeros(shape)
+    raised = spared = 0
+    for t, g in enumerate(later, 1):
+        average = 0.8 * average + 0.2 * g
+        square = 0.9 * square + 0.1 * (rows.T @ g @ columns) ** 2
+        ahead = rows.T @ (0.8 * average + 0.2 * g) @ columns
+        u, _, v = np.linalg.svd(ahead / (np.sqrt(square / (1 - 0.9**t)) + 1e-3), full_matrices=False)
+        change = rows @ u @ v @ columns.T * math.sqrt(max(1, shape[0] / shape[1]))
+        for i, row in enumerate(change):
+            size, least = math.sqrt((row**2).sum()), floor * math.sqrt((p[i] ** 2).sum())
+            if size < least:
+                change[i], raised = row * least / size, raised + 1
+        smaller = np.sign(change) == np.sign(p)
+        spared += (~smaller).sum()
+        p = p - 0.1 * 0.2 * np.where(smaller, p, 0) - 0.1 * change
+        left, right = 0.9 * left + 0.1 * g @ g.T, 0.9 * right + 0.1 * g.T @ g
+        if t % 2 == 0:
+            rows, columns = gram_schmidt(left @ rows), gram_schmidt(right @ columns)
+    options = {"weight_decay": 0.2, "momentum": 0.8, "beta2": 0.9, "eps": 1e-3, "frequency": 2, "floor": floor}
+    found = trained("soap_muon", start, gradients, 0.1, **options)
+    torch.testing.assert_close(found, torch.from_numpy(p), rtol=0, atol=1e-5)
+    assert spared > 0 and (raised > 0) == (floor > 0)
+
+
+def test_ema_nesterov_takes_gradients_ahead_of_the_weights_and_ends_where_they_are():
+    """x is where the weights are, m the mean of their moves; the gradient is taken at y."""
+    start, *gradients = matrices(4, 3, 7)
+    base = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "beta2": 0.7}
+    rest = {kind: [torch.nn.Parameter(torch.zeros(2))] for kind in ("embed", "head", "vectors")}
+    p, y = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    mine, _ = track.ema_nesterov([p], rest, **base, ahead=0.5, memory=0.8)
+    normuon, _ = track.normuon([y], rest, **base)
+    for each in (mine, normuon):
+        each.param_groups[0]["initial_lr"] = 0.1
+    x, m = start.clone(), torch.zeros_like(start)
+    for step, gradient in enumerate(gradients):
+        factor = [1, 1, 0.75, 0.5, 0.25, 0.0][step]
+        for each, parameter in ((mine, p), (normuon, y)):
+            each.param_groups[0]["lr"] = 0.1 * factor
+            parameter.grad = gradient.clone()
+            each.step()
+        m = 0.8 * m + 0.2 * (y.data - x)
+        x = y.data.clone()
+        y.data += 0.5 * factor * m
+        torch.testing.assert_close(p.data, y.data, rtol=0, atol=1e-12)
+    torch.testing.assert_close(p.data, x)
+    assert m.norm() > 0.01
+
+
 def test_soaps_basis_comes_to_the_eigenvectors_of_its_factors():
     start, axes, *noise = matrices(4, 4, 402)
     scale = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)

@@ -17,7 +17,7 @@ import train_gpt
 from reference_gpt import ReferenceGPT, cross_entropy
 
 sizes = {"vocab_size": 61, "bos_id": 60, "dim": 32, "heads": 4, "bigram_dim": 20}
-config = replace(train_gpt.PRESETS["tiny"].model, **sizes)
+config = replace(train_gpt.PRESETS["mini"].model, **sizes)
 tokens = torch.randint(61, (25,), generator=torch.Generator().manual_seed(0))
 torch.compiler.set_stance("force_eager")
 
@@ -38,7 +38,7 @@ def losses(config, factor):
 assert len(config.layers_with("temperature")) == 1
 assert (losses(config, 1) - losses(config, 3)).abs().max() > 1e-3
 losses(replace(config, temperature=False), 1)
-settings, _ = train_gpt.parse_arguments(["--preset", "tiny", "--temperature", "false"])
+settings, _ = train_gpt.parse_arguments(["--preset", "mini", "--temperature", "false"])
 assert settings.model.layers_with("temperature") == []
 """
 

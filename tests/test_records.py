@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ablate
+import leaderboard
 import logbook
 import plan
 import runs
@@ -120,6 +121,34 @@ def test_every_record_of_the_laptop_track_reaches_the_target(tiny):
         assert seeds < 5 or logbook.p_at_most(sample, target) < logbook.SIGNIFICANCE, record.name
 
 
+ATTEMPTS = sorted(path.parent for path in (RECORDS / "tiny").glob("*/previous"))
+
+
+@pytest.mark.parametrize("folder", ATTEMPTS, ids=lambda folder: folder.name)
+def test_later_records_pages_have_the_numbers_of_their_logs(folder):
+    """Those of `attempt`: each seed's loss and time, and those of the record before, run again in turn."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    text = (folder / "README.md").read_text()
+    mine, before = (
+        [run_of(place / f"run_{seed}.txt") for seed in range(1, 6)] for place in (folder, folder / "previous")
+    )
+    assert len(list(folder.rglob("*.txt"))) == 10
+    shown = table_rows(text, 5)[1:]
+    pairs = zip(mine, before, strict=True)
+    assert shown == [
+        [str(seed), f"{run.val_loss:.4f}", f"{run.train_time_ms / 1000:.2f} s"]
+        + [f"{other.val_loss:.4f}", f"{other.train_time_ms / 1000:.2f} s"]
+        for seed, (run, other) in enumerate(pairs, 1)
+    ]
+    times, others = ([run.train_time_ms for run in each] for each in (mine, before))
+    sooner = logbook.shown_p(scipy_stats.ttest_rel(times, others).pvalue)
+    assert f"{1 - sum(times) / sum(others):.1%} less time, p = {sooner} (paired by seed)" in text
+    reached = logbook.shown_p(logbook.p_at_most(logbook.loss_sample(mine), 1.44))
+    assert f"The mean loss is at most 1.44 with p = {reached}." in " ".join(text.split())
+    words = re.search(r"^Why: (\S.*)$", text, re.MULTILINE)
+    assert words, "nobody has said why"
+
+
 # ---- The optimizer track ---------------------------------------------------------------------------------------------
 
 
@@ -159,8 +188,8 @@ def test_readmes_results_are_those_of_the_logs(readme, tiny):
     tokens = track.tokens_of(track.PRESET)
     results = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", readme.partition("## Results")[2], re.MULTILINE))
     seconds = preset.train_time_ms / 1000
-    assert results["preset `tiny`, training time"] == f"{seconds:.0f} s, {preset.final_step} steps of 8,192 bytes"
-    assert tokens == preset.final_step * 8192
+    assert results["preset `tiny`, training time"] == f"{seconds:.0f} s, {preset.final_step:,} steps of 2,048 bytes"
+    assert tokens == preset.final_step * 2048
     bits = preset.val_loss / math.log(2)
     assert results["its final validation loss"] == f"{preset.val_loss:.4f} nats per byte ({bits:.3f} bits per byte)"
     assert f"{preset.val_loss:.4f} nats per byte are {bits:.3f} bits per byte" in " ".join(readme.split())
@@ -168,13 +197,18 @@ def test_readmes_results_are_those_of_the_logs(readme, tiny):
     assert results["its memory"] == f"{preset.peak_memory_mib:,.0f} MiB"
     times, tokens = [], []
     goal = f"{target:.2f} nats ({target / math.log(2):.2f} bits) per byte"
-    names = f"GPT-2 with AdamW, to {goal}", "the recipe, to the same loss"
+    names = f"GPT-2 with AdamW, to {goal}", "the recipe in miniature, to the same loss"
     for record, what in zip((records[0], records[-1]), names):
         times.append([run_of(record.run(seed)).train_time_ms / 1000 for seed in range(1, seeds + 1)])
         tokens.append(track.tokens_of(record.run(1)))
         assert results[what] == f"{track.interval(times[-1], '.1f')} s, {tokens[-1] / 1e6:.2f}M bytes"
-    sooner = track.interval([base / mine for base, mine in zip(*times)], ".1f")
-    claim = f"**{sooner} times sooner** and with {tokens[0] / tokens[1]:.1f} times fewer tokens"
+    newest = leaderboard.listed("tiny", target)
+    first, *_, last = leaderboard.track_steps(newest)
+    runs_of_newest = newest[-1].runs
+    seconds = track.interval([run.train_time_ms / 1000 for run in runs_of_newest], ".2f")
+    used = track.tokens_of(Path(runs_of_newest[0].file))
+    assert results["the newest record, to the same loss"] == f"{seconds} s, {used / 1e6:.2f}M bytes"
+    claim = f"**{first.seconds / last.seconds:.0f} times sooner** and with {tokens[0] / used:.0f} times fewer tokens"
     assert claim in " ".join(readme.split())
 
 
@@ -183,7 +217,7 @@ def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
     target = re.search(r"^Target: ([\d.]+) nats", track_readme, re.MULTILINE)[1]
     rows = table_rows(track_readme.partition("<!-- runs -->")[2], 7)[1:]
     assert [row[0] for row in rows] == list(tune.GRIDS)
-    what = f"AdamW, Muon, NorMuon, SOAP to {target} nats per byte, all else fixed"
+    what = f"AdamW, Muon, NorMuon, SOAP, SOAP-Muon, EMA-Nesterov to {target} nats per byte, all else fixed"
     assert f"| {what} | {', '.join(row[2] for row in rows)} steps |" in readme
 
 
@@ -193,7 +227,7 @@ def test_readmes_techniques_have_the_ablations_numbers(readme):
     options = {option for row in rows for option in re.findall(r"--([\w-]+)", row[1])}
     assert set(given) <= options <= {"muon", *(name.replace("_", "-") for name in ablate.TECHNIQUES)}
     for _, option, numbers, _, lost in rows:
-        if lost not in ("nothing to do in `tiny`", "off in `tiny`"):
+        if lost not in ("nothing to do in `mini`", "off in `mini`"):
             assert lost == given[re.match(r"`--(\S+)`", option)[1]]
         assert re.fullmatch(r"\d+(, \d+)*", numbers)
 

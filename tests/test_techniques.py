@@ -51,6 +51,7 @@ PLAIN = dict.fromkeys(SWITCHES, False)
 VARIANTS = {
     "everything on": {},
     "ngram 4": {"ngram": 4, "bigram_dim": 10},
+    "mlp_ratio 2": {"mlp_ratio": 2},
     **{f"{name} off": {name: False} for name in SWITCHES},
     **{f"only {name}": {**PLAIN, name: True} for name in SWITCHES},
     "everything off": PLAIN,

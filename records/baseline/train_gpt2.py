@@ -71,7 +71,7 @@ class Settings:
         return self.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2)
 
 
-TINY = Settings(  # as many matrix parameters as preset tiny of train_gpt.py, to half a percent, and as many layers
+TINY = Settings(  # as many matrix parameters as preset mini of train_gpt.py, to half a percent, and as many layers
     *("tiny", 257, "python data/embedded.py"),
     **{"layers": 5, "heads": 4, "dim": 248, "steps": 370, "warmup_steps": 14, "batch_tokens": 8192, "micro_batch": 8},
     **{"train_files": "data/sympy/sympy_train_*.bin", "val_files": "data/sympy/sympy_val_*.bin", "val_tokens": 524_288},

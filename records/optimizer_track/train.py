@@ -49,18 +49,53 @@ def optimizer(function):
 
 
 class PerMatrix(torch.optim.Optimizer):
-    """Each step: p <- p - lr * weight_decay * p - lr * update(gradient, state), `state` a matrix's own dict."""
+    """Each step: p <- p - lr * weight_decay * p - lr * update(gradient, state), `state` a matrix's own dict.
 
-    def __init__(self, matrices: list[Tensor], update, lr: float, weight_decay: float):
+    With `cautious` only the numbers decay that the update brings closer to 0, too. A row of the update, a neuron, has
+    at least `floor` times the norm of its weights.
+    """
+
+    def __init__(self, matrices: list[Tensor], update, lr: float, weight_decay: float, cautious=False, floor=0.0):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.update = update
+        self.update, self.cautious, self.floor = update, cautious, floor
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 change = self.update(p.grad, self.state[p])
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+                if self.floor > 0:
+                    weights, size = (each.norm(dim=1, keepdim=True) for each in (p, change))
+                    change *= (self.floor * weights / size.clamp(min=1e-10)).clamp(min=1)
+                decays = change * p > 0 if self.cautious else 1
+                p.sub_(group["lr"] * group["weight_decay"] * decays * p).sub_(change, alpha=group["lr"])
+
+
+class Ahead(PerMatrix):
+    """PerMatrix with gradients taken ahead of the weights, `ahead` times the mean of their moves so far (EMA-Nesterov).
+
+    `memory` is the mean's decay. Between steps the parameters are where the gradient is to be taken. How far ahead
+    falls with the learning rate, to nothing at the end, where the model is validated.
+    """
+
+    def __init__(self, *arguments, ahead: float, memory: float):
+        super().__init__(*arguments)
+        self.ahead, self.memory = ahead, memory
+        self.paths = {}  # of each matrix, where its weights are, and the mean of their moves
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.paths.setdefault(p, (p.clone(), torch.zeros_like(p)))
+        super().step()
+        for group in self.param_groups:
+            ahead = self.ahead * group["lr"] / group.get("initial_lr", group["lr"])
+            for p in group["params"]:
+                place, mean = self.paths[p]
+                mean.lerp_(p - place, 1 - self.memory)
+                place.copy_(p)
+                p.add_(mean, alpha=ahead)
 
 
 def adamw_for_rest(rest: dict[str, list[Tensor]], scale: float) -> torch.optim.Optimizer:
@@ -98,6 +133,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def normuon(hidden, rest, lr=0.025, weight_decay=0.05, momentum=0.95, beta2=0.95, rest_lr=1.0):
     """NorMuon (arXiv 2510.05491): Muon with each row, a neuron, divided by the root of its mean square so far."""
 
+    return [PerMatrix(hidden, normuon_update(momentum, beta2), lr, weight_decay), adamw_for_rest(rest, rest_lr)]
+
+
+def normuon_update(momentum: float, beta2: float):
     def update(grad: Tensor, state: dict) -> Tensor:
         if not state:
             state.update(momentum=torch.zeros_like(grad), square=grad.new_zeros(len(grad), 1))
@@ -108,7 +147,7 @@ def normuon(hidden, rest, lr=0.025, weight_decay=0.05, momentum=0.95, beta2=0.95
         scaled *= orthogonal.norm() / scaled.norm().clamp(min=1e-10)  # back to the norm that it had
         return scaled * math.sqrt(max(1, len(grad) / grad.size(1)))
 
-    return [PerMatrix(hidden, update, lr, weight_decay), adamw_for_rest(rest, rest_lr)]
+    return update
 
 
 @optimizer
@@ -116,25 +155,67 @@ def soap(hidden, rest, lr=0.003, weight_decay=0.01, beta1=0.95, beta2=0.95, eps=
     """SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's two factors, turned on every `frequency` updates."""
 
     def update(grad: Tensor, state: dict) -> Tensor:
-        if not state:
-            if grad.any():  # the first only begins the basis, as in the authors' code: in its own it is diagonal
-                left, right = (1 - beta2) * grad @ grad.T, (1 - beta2) * grad.T @ grad  # (out, out), (in, in)
-                # Largest eigenvalue first: that is the order in which power iteration keeps the vectors.
-                rows, columns = (torch.linalg.eigh(factor).eigenvectors.flip(1) for factor in (left, right))
-                state.update(left=left, right=right, rows=rows, columns=columns, count=0)
-                state.update(momentum=torch.zeros_like(grad), square=torch.zeros_like(grad))
+        if not has_basis(grad, state, beta2):
             return torch.zeros_like(grad)
-        rows, columns, count = state["rows"], state["columns"], state["count"] + 1
         average = state["momentum"].lerp_(grad, 1 - beta1)  # kept outside the basis, which turns
-        square = state["square"].lerp_((rows.T @ grad @ columns).square(), 1 - beta2)
-        adam = rows.T @ average @ columns / (1 - beta1**count) / ((square / (1 - beta2**count)).sqrt() + eps)
-        left, right = state["left"].lerp_(grad @ grad.T, 1 - beta2), state["right"].lerp_(grad.T @ grad, 1 - beta2)
-        state["count"] = count
-        if count % frequency == 0:
-            state.update(rows=torch.linalg.qr(left @ rows).Q, columns=torch.linalg.qr(right @ columns).Q)
-        return rows @ adam @ columns.T
+        unbiased = average / (1 - beta1 ** (state["count"] + 1))
+        return scaled_in_basis(unbiased, grad, state, beta2, eps, frequency)
 
     return [PerMatrix(hidden, update, lr, weight_decay), adamw_for_rest(rest, rest_lr)]
+
+
+def has_basis(grad: Tensor, state: dict, beta2: float) -> bool:
+    """Whether a matrix has SOAP's basis. The first gradient only begins it, as in the authors' code: there its own
+    form is diagonal."""
+    if not state and grad.any():
+        left, right = (1 - beta2) * grad @ grad.T, (1 - beta2) * grad.T @ grad  # (out, out), (in, in)
+        # Largest eigenvalue first: that is the order in which power iteration keeps the vectors.
+        rows, columns = (torch.linalg.eigh(factor).eigenvectors.flip(1) for factor in (left, right))
+        state.update(left=left, right=right, rows=rows, columns=columns, count=0)
+        state.update(momentum=torch.zeros_like(grad), square=torch.zeros_like(grad))
+        return False
+    return bool(state)
+
+
+def scaled_in_basis(
+    direction: Tensor, grad: Tensor, state: dict, beta2: float, eps: float, frequency: int
+) -> Tensor:
+    """A direction divided, in SOAP's basis, by the root of the gradients' mean square there; updates the basis."""
+    rows, columns, count = state["rows"], state["columns"], state["count"] + 1
+    square = state["square"].lerp_((rows.T @ grad @ columns).square(), 1 - beta2)
+    scaled = rows.T @ direction @ columns / ((square / (1 - beta2**count)).sqrt() + eps)
+    left, right = state["left"].lerp_(grad @ grad.T, 1 - beta2), state["right"].lerp_(grad.T @ grad, 1 - beta2)
+    state["count"] = count
+    if count % frequency == 0:
+        state.update(rows=torch.linalg.qr(left @ rows).Q, columns=torch.linalg.qr(right @ columns).Q)
+    return rows @ scaled @ columns.T
+
+
+@optimizer
+def soap_muon(
+    hidden, rest, lr=0.025, weight_decay=0.05, momentum=0.95, beta2=0.95, eps=1e-8, frequency=1, floor=0.35, rest_lr=1.0
+):
+    """SOAP's scaling, then Muon's orthogonalization, with row floors and cautious decay: modded-nanogpt's pull
+    requests 278, 321 and 328."""
+
+    def update(grad: Tensor, state: dict) -> Tensor:
+        if not has_basis(grad, state, beta2):
+            return torch.zeros_like(grad)
+        average = state["momentum"].lerp_(grad, 1 - momentum)
+        scaled = scaled_in_basis(grad.lerp(average, momentum), grad, state, beta2, eps, frequency)
+        return orthogonalize(scaled) * math.sqrt(max(1, len(grad) / grad.size(1)))
+
+    matrices = PerMatrix(hidden, update, lr, weight_decay, cautious=True, floor=floor)
+    return [matrices, adamw_for_rest(rest, rest_lr)]
+
+
+@optimizer
+def ema_nesterov(
+    hidden, rest, lr=0.025, weight_decay=0.05, momentum=0.95, beta2=0.95, ahead=0.6, memory=0.99, rest_lr=1.0
+):
+    """NorMuon with EMA-Nesterov's look ahead (arXiv 2605.25395, modded-nanogpt's pull request 308)."""
+    update = normuon_update(momentum, beta2)
+    return [Ahead(hidden, update, lr, weight_decay, ahead=ahead, memory=memory), adamw_for_rest(rest, rest_lr)]
 
 
 def setting(default, help: str):

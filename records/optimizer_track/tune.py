@@ -31,6 +31,8 @@ GRIDS = {  # an optimizer's learning rate and momentum
     "muon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.4, 0.6, 0.7, 0.8)},
     "normuon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.6, 0.7, 0.8, 0.9)},
     "soap": {"lr": (0.001, 0.002, 0.004, 0.008), "beta1": (0.5, 0.7, 0.9)},
+    "soap_muon": {"lr": (0.04, 0.08, 0.16), "momentum": (0.4, 0.6, 0.7, 0.8)},
+    "ema_nesterov": {"lr": (0.04, 0.08, 0.16), "ahead": (0.15, 0.3, 0.6)},
 }
 LADDER = tuple(range(60, 401, 10))  # numbers of steps
 

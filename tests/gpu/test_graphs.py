@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.usefixtures("compiled")
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
-# The table of `tiny` with all it has, and half its width.
+# The table of `mini` with all it has, and half its width.
 CONFIG = replace(train_gpt.PRESETS["mini"].model, dim=128, heads=2, bigram_rows=1, gates=True, narrow_qk=True)
 MINI = replace(recipe.MINI, model=CONFIG)
 LENGTH = 384  # three of FlexAttention's blocks

@@ -128,7 +128,7 @@ def test_options_after_two_dashes_are_the_scripts(project):
     log = (folder_of(project, "rate") / "run_1.txt").read_text()
     settings = json.loads(re.findall(r"^settings: (\{.*)$", log, re.MULTILINE)[-1])
     assert settings["lr"] == 0.5 and settings["steps"] == 80
-    assert "`lr` 1.0 → 0.5" in (folder_of(project, "rate") / "README.md").read_text()
+    assert "`lr` 1 → 0.5" in (folder_of(project, "rate") / "README.md").read_text()
 
 
 @pytest.mark.slow

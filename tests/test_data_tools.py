@@ -816,7 +816,7 @@ def test_printed_options_can_be_pasted_whatever_the_folder_is_called(project, tm
     assert "\n" not in options
     words = subprocess.run(["bash", "-c", rf"printf '%s\0' {options}"], capture_output=True, cwd=tmp_path).stdout
     *words, end = [os.fsdecode(word) for word in words.split(b"\0")]
-    assert words[:3] == ["--preset", "mini", "--train-files"] and words[4] == "--val-files" and not end
+    assert words[:3] == ["--preset", "tiny", "--train-files"] and words[4] == "--val-files" and not end
     found = [glob.glob(words[3]), glob.glob(words[5])]
     folder = tmp_path / name
     assert found == [[str(folder / "text_train_000001.bin")], [str(folder / "text_val_000000.bin")]]
@@ -1003,7 +1003,7 @@ def test_embedded_corpus_is_the_same_bytes_everywhere(embedded_corpus):
 
 @needs_pinned_sympy
 def test_rules_know_the_checksums_of_the_embedded_corpus(embedded_corpus):
-    stream = STREAMS["mini"]
+    stream = STREAMS["tiny"]
     tokens = (embedded_corpus / "sympy_val_000000.bin").read_bytes()[1024:][: 2 * (stream.tokens + 1)]
     assert hashlib.sha256(tokens).hexdigest() == stream.sha256
     assert {hashlib.sha256(path.read_bytes()).hexdigest() for path in embedded_corpus.glob("*train*")} == stream.train

@@ -1204,7 +1204,8 @@ def test_progress_is_record_time_by_date(records):
         {"number": 1, "day": "2026-05-01", "seconds": pytest.approx(9.014), "title": "A"},
         {"number": 2, "day": "2026-06-02", "seconds": pytest.approx(8.014), "title": "B | b"},
     ]
-    for words in (">Date of the record<", ">Training time to 1.44 nats per token (s)<", ">2026-06-02<"):
+    axes = ">Record, from 2026-05-01 to 2026-06-02<", ">Training time to 1.44 nats per token (s)<"
+    for words in (*axes, ">9.01<", ">8.01<"):
         assert words in picture.read_text(encoding="utf-8"), words
     assert re.search(r"^2 +2026-06-02 +8\.0 s +1\.12 +B \| b$", logbook("progress", "tiny", script=script).stdout, re.M)
     assert mistake("progress", "8xh100", script=script) == "logbook.py: 8xh100: has no records yet"

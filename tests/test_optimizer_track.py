@@ -304,7 +304,7 @@ def test_soap_equals_the_papers_algorithm(shape):
     torch.testing.assert_close(found, torch.from_numpy(p), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (3, 5)])
+@pytest.mark.parametrize("shape", [(3, 3), (4, 3), (3, 4)])
 @pytest.mark.parametrize("floor", [0.0, 0.9])
 def test_soap_muon_orthogonalizes_soaps_scaled_momentum(shape, floor):
     """Against NumPy, with the SVD; its rows have their floor, and only what it brings closer to 0 decays."""

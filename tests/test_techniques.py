@@ -228,9 +228,9 @@ def test_dry_run_lists_every_parameter_with_the_recipes_shape_start_optimizer_be
 
 @pytest.mark.recipe
 def test_the_presets_are_those_of_the_recipe():
-    assert {name: PRESETS[name] for name in recipe.PRESETS} == recipe.PRESETS
-    # The laptop track's record, whose tables every new record changes.
-    assert PRESETS.keys() - recipe.PRESETS.keys() == {"tiny"}
+    assert PRESETS.keys() == recipe.PRESETS.keys()
+    for name in PRESETS.keys() - {"tiny"}:  # the laptop track's record, whose tables every new one changes
+        assert PRESETS[name] == recipe.PRESETS[name]
     assert [name for name in SWITCHES if not getattr(RECORD.model, name)] == ["narrow_qk"]
 
 
@@ -392,7 +392,9 @@ def test_losses_equal_the_references(variant):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_losses_of_a_presets_table_equal_the_references(preset):
     config = PRESETS[preset].model
-    config = replace(config, vocab_size=61, bos_id=BOS, dim=8 * config.heads, bigram_dim=20)
+    dim = 8 * config.heads
+    narrow = {"dim": dim, "bigram_dim": dim // (2 * config.ngram - 2)}
+    config = replace(config, vocab_size=61, bos_id=BOS, **narrow)
     model = random_model(config)
     assert losses(model).tolist() == pytest.approx(expected_losses(model).tolist(), abs=TOLERANCE)
 

@@ -30,7 +30,7 @@ def write_log(
 ) -> None:
     """The log of a run with these settings whose steps take these times in turn; of `done` steps if not of all."""
     sha256 = hashlib.sha256(source).hexdigest()
-    settings = {"preset": "tiny", "steps": steps, **settings}
+    settings = {"preset": "mini", "steps": steps, **settings}
     lines = [RULE, f"source: {len(source)} bytes, sha256 {sha256}", f"settings: {json.dumps(settings)}", RULE]
     done, now = done or steps, 0
     for step in range(1, done + 1):
@@ -150,7 +150,7 @@ def test_ablation_goes_on_where_it_was_cut_off(answer, logs, trained):
     assert {name: settings.model.smear for name, settings in trained.items()} == {
         "no_smear-1.txt": False, "all-3.txt": True,
     }  # fmt: skip
-    assert {settings.preset for settings in trained.values()} == {"tiny"}
+    assert {settings.preset for settings in trained.values()} == {"mini"}
     assert (logs / "table.md").read_text() == table.rstrip() + "\n"
 
 
@@ -233,7 +233,7 @@ def test_every_technique_has_its_variant():
     assert {"all", "plain", "adam", "no_smear", "no_mudd", "no_yarn", "no_length_schedule"} <= names
     assert len(names) == 3 + len(ablate.TECHNIQUES) + len(ablate.ADDED)
     for variant in ablate.variants().values():
-        train_gpt.parse_arguments(["--preset", "tiny", *variant.options])
+        train_gpt.parse_arguments(["--preset", "mini", *variant.options])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

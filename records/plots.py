@@ -296,8 +296,10 @@ def draw_progress(matplotlib, days: list, seconds: list[float], target: float):
     times = [1000 * each / unit_ms for each in seconds]
     axes.step(places, times, where="post", color=COLORS[1], linewidth=1.2)
     axes.plot(places, times, "o", color=COLORS[1], markersize=4, markeredgecolor="white", markeredgewidth=0.5)
-    for place, time in ((places[0], times[0]), (places[-1], times[-1])):
-        axes.annotate(f"{time:,.3g}", (place, time), xytext=(0, 7), textcoords="offset points", ha="center")
+    for end, align, beside in ((0, "left", (0, 5)), (-1, "right", (4, -14))):
+        label = f"{times[end]:,.3g}"
+        axes.annotate(label, (places[end], times[end]), xytext=beside, textcoords="offset points", ha=align)
+    axes.margins(y=0.1)
     if max(times) > LOG_SCALE_FROM * min(times):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

@@ -192,11 +192,11 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
 
 
 def draw(logs: list[Path]) -> None:
-    """The main README's plot: loss against training time of the baseline, of the recipe, and of the whole preset."""
+    """The track's plot: loss against training time of the baseline, of the recipe in miniature, and of the preset."""
     matplotlib = logbook.load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
-    labels = "GPT-2, AdamW, tuned", "the recipe, as short as it takes", "the recipe, preset tiny"
+    labels = "GPT-2, AdamW, tuned", "the recipe in miniature", "the newest record, for longer"
     colors, above = ("0.4", "tab:red", "tab:blue"), (0, 24, 0)
     for path, label, color, rise in zip(logs, labels, colors, above, strict=True):
         done = finished(path)

@@ -149,6 +149,17 @@ def test_later_records_pages_have_the_numbers_of_their_logs(folder):
     assert words, "nobody has said why"
 
 
+def test_the_failed_attempts_numbers_are_those_of_its_logs():
+    folder = RECORDS / "tiny" / "_tried" / "2026-11-29_short_documents"
+    places = folder, folder / "previous"
+    mine, before = ([run_of(place / f"run_{seed}.txt") for seed in range(1, 6)] for place in places)
+    text = " ".join((RECORDS / "tiny" / "README.md").read_text().split())
+    losses = ", ".join(f"{run.val_loss:.3f}" for run in mine)
+    saved = 1 - sum(run.train_time_ms for run in mine) / sum(run.train_time_ms for run in before)
+    p = logbook.p_at_most(logbook.loss_sample(mine), 1.44)
+    assert f"{saved:.1%} less time, but losses of {losses}, and p = {p:.2f} that their mean is higher" in text
+
+
 # ---- The optimizer track ---------------------------------------------------------------------------------------------
 
 
@@ -222,7 +233,7 @@ def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
     track_readme = tune.README.read_text()
     target = re.search(r"^Target: ([\d.]+) nats", track_readme, re.MULTILINE)[1]
     rows = table_rows(track_readme.partition("<!-- runs -->")[2], 7)[1:]
-    assert [row[0] for row in rows] == list(tuned())
+    assert [row[0] for row in rows] == ["adamw", "muon", "normuon", "soap"] == list(tuned())
     what = f"AdamW, Muon, NorMuon, SOAP to {target} nats per byte, all else fixed"
     assert f"| {what} | {', '.join(row[2] for row in rows)} steps |" in readme
 

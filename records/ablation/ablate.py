@@ -6,10 +6,11 @@
 
 Each variant is the preset but for one technique: without it, or with one that the preset leaves
 out. Runs that differ only in it share their seeds, so the table gives the mean of the paired
-differences with a 95 % interval of Student's t. Runs of different sources, or whose settings differ
-in more than that, are not compared but named. As many run at once as there are cores, a thread
-each; the time of a step is that of the quickest quarter of the steps of the quickest run. A run
-whose log is complete is not run again: stop it and start it again as you like.
+differences with a 95 % interval of Student's t. The loss is that of the first 131,072 validation
+tokens, which are the same for all. Runs of different sources, or whose settings differ in more than
+that, are not compared but named. As many run at once as there are cores, a thread each; the time of
+a step is that of the quickest quarter of the steps of the quickest run. A run whose log is complete
+is not run again: stop it and start it again as you like.
 """
 
 import sys
@@ -35,6 +36,7 @@ from runs import ROOT, Origin, finished, interval, origin, side_by_side, step_ti
 SCRIPT = "train_gpt.py"
 OUT = ROOT / "records" / "ablation"  # of preset mini; others have a folder in it
 BASE = "all"
+VALIDATION = ["--val-every", "1000000", "--val-tokens", "131072"]  # at the start and the end
 NO_TECHNIQUES = ("compile", "kernels", "muon", "fp8", "sparse_exchange", "checkpoint_last")
 TECHNIQUES = {
     f.name: f.metadata["help"]
@@ -242,7 +244,7 @@ def main() -> None:
             path = log_path(out, name, seed)
             if not finished(path):
                 fixed = ["--preset", preset, "--steps", str(steps), "--seed", str(seed)]
-                options = [*fixed, "--val-every", "1000", *chosen[name].options]
+                options = [*fixed, *VALIDATION, *chosen[name].options]
                 train(path, SCRIPT, options, alone=False)
 
         for _ in side_by_side(run, runs, "runs"):

@@ -5,6 +5,7 @@ It needs Python alone, so that data/ and most of records/logbook.py do without P
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,13 @@ class UserError(Exception):
     def __init__(self, text: str, status: int = 2):
         super().__init__(text)
         self.status = status
+
+
+def missing(package: str, requirements: str = "requirements.txt") -> UserError:
+    """What to say where a package is missing: the command that installs it, as it works from here."""
+    file = os.path.relpath(Path(__file__).resolve().parent / requirements)
+    command = [sys.executable, "-m", "pip", "install", "-r", file]
+    return UserError(f"{package} is missing: {shlex.join(command)}")
 
 
 class Parser(argparse.ArgumentParser):

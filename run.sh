@@ -50,13 +50,16 @@ for argument in "$@"; do
     case "$argument" in --train-files*|--dry-run|--help|-h) own_data=yes ;; esac
     previous=$argument
 done
-if [ "$named" = no ]; then set -- --preset "$preset" ${1+"$@"}; fi
 if [ "$own_data" = no ]; then
     case "$preset" in
         record | next) "$PYTHON" data/cached_fineweb10B.py 9 ;;
-        mini | tiny) "$PYTHON" data/embedded.py ;;
+        mini | tiny)
+            "$PYTHON" data/embedded.py
+            set -- --checkpoint-last --sample-every 500 ${1+"$@"} # something to look at
+            ;;
     esac
 fi
+if [ "$named" = no ]; then set -- --preset "$preset" ${1+"$@"}; fi
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then exec "$PYTHON" train_gpt.py "$@"; fi

@@ -1,4 +1,5 @@
-# Sourced by run.sh and tests/run.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not.
+# Sourced by run.sh and tests/run.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not;
+# there with those of records/, for statistics and plots.
 
 serves() {
     "$1" - >/dev/null 2>&1 <<'PY'
@@ -22,5 +23,5 @@ elif ! serves "$PYTHON"; then
     echo "setting up .venv from requirements.txt (once; some minutes, most of it PyTorch)" || true  # nobody may read it
     "$PYTHON" -m venv .venv
     PYTHON=.venv/bin/python
-    "$PYTHON" -m pip install --quiet --requirement requirements.txt
+    "$PYTHON" -m pip install --quiet --requirement records/requirements.txt --requirement requirements.txt
 fi

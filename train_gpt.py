@@ -219,6 +219,10 @@ class ModelConfig:
         return (self.vocab_size, self.bos_id) == (50257, 50256)
 
     @property
+    def has_byte_tokens(self) -> bool:
+        return (self.vocab_size, self.bos_id) == (257, 256)
+
+    @property
     def rows(self) -> tuple[Layer, ...]:
         """The table as it is built: the columns that a switch empties have their defaults."""
         emptied = {}
@@ -295,6 +299,9 @@ class Settings:
     run_id: str = setting("", "name of the log (default: made from the date)")
     checkpoint_every: int = setting(0, "steps between checkpoints, 0 for none", low=0)
     checkpoint_last: bool = setting(False, "write a checkpoint at the end")
+    sample_every: int = setting(
+        0, "steps between samples of what the model writes, 0 for none; one is at the end", low=0
+    )
     resume: str = setting("", "checkpoint to go on from")
     wandb: str = setting("", "project of Weights & Biases that gets the log's numbers")
 
@@ -2184,6 +2191,12 @@ class GPT(nn.Module):
             losses.append(token_losses(rows, self.lm_head, row_targets, weight, torch.float32))
         return torch.cat(losses)
 
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, context: Context) -> Tensor:
+        """The capped logits (vocab_size,), float32, of what follows tokens (T,)."""
+        last = self.stream(tokens, context)[-1]
+        return softcap(last @ self.lm_head)[: self.config.vocab_size]
+
     def gradient(self, name: str) -> Tensor | None:
         """What has gathered for a parameter since its last update."""
         grad = getattr(self, f"{name}_grad", None)
@@ -3146,10 +3159,19 @@ def gpt2_vocabulary() -> list[bytes]:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # also what its HTTP library raises
         raise UserError(
-            f"prefix tokens need GPT-2's vocabulary, which cannot be had here: {error}; "
-            "--prefix-tokens false trains without them"
+            f"GPT-2's vocabulary, for prefix tokens and samples, cannot be had here: {error}; "
+            "--prefix-tokens false --sample-every 0 trains without it"
         ) from None
     return [encoding.decode_single_token_bytes(token) for token in range(encoding.eot_token)]
+
+
+def vocabulary_for(settings: Settings) -> list[bytes] | None:
+    """What the tokens but BOS stand for, by number, where the run needs to know it; else None."""
+    if not settings.has_prefixes and settings.sample_every == 0:
+        return None
+    if settings.model.has_byte_tokens:
+        return [bytes([number]) for number in range(256)]
+    return gpt2_vocabulary()
 
 
 def prefix_table(vocabulary: list[bytes], vocab_size: int) -> Tensor:
@@ -3414,6 +3436,39 @@ def validate(model: GPT, sequences: Tensor, context: Context, world: World) -> f
     return total.item() / (sequences.size(0) * (sequences.size(1) - 1))
 
 
+# --- What the model writes.
+
+SAMPLE_TOKENS = 200
+BOS_TEXT = "<|endoftext|>"  # what stands for BOS, as in GPT-2
+
+
+def generate(
+    model: GPT, tokens: list[int], windows: tuple[int, int], rotary: tuple[Tensor, float],
+    temperature: float, top_k: int, seed: int,
+) -> Iterator[int]:
+    """What the model writes after `tokens`, one token after another, without end.
+
+    `temperature` 0 takes the likeliest each time; `top_k` 0 is no limit. Each token takes a pass
+    over all that stand before it: to keep their keys and values would take a second forward pass,
+    of one token, for all that looks back: smear, n-grams, the keys' offset, paired heads, DC.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(tokens)
+    while True:
+        context = make_context(model.config, len(tokens), windows, model.embed, rotary)
+        so_far = torch.tensor(tokens, device=model.embed.device)
+        logits = model.next_logits(so_far, context).cpu()
+        if top_k:
+            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+        token = logits.argmax().item()
+        if temperature > 0:
+            below = logits.double() - logits.max()  # so that no temperature overflows the largest
+            odds = (below / temperature).softmax(-1)
+            token = torch.multinomial(odds, 1, generator=generator).item()
+        tokens.append(token)
+        yield token
+
+
 # --- Warm-up.
 
 
@@ -3444,7 +3499,8 @@ def warm_up(
     if settings.has_prefixes:
         prefix_of = torch.zeros(settings.model.vocab_size, dtype=torch.long, device=world.device)
     hidden = True if world.rank > 0 else None  # None: shown on a terminal
-    for (length, windows), stage in tqdm(shapes.items(), "warm-up", leave=False, disable=hidden):
+    bar = functools.partial(tqdm, leave=False, disable=hidden)
+    for (length, windows), stage in bar(shapes.items(), "warm-up, steps"):
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=mtp, prefix_of=prefix_of)
         tokens = made_up[:, : length + 1]
@@ -3457,7 +3513,8 @@ def warm_up(
             optimizer.step(hyper)
     final = schedule(settings, settings.total_steps).stage
     sequences = made_up[:, : settings.val_seq_len + 1].expand(world.size, -1)
-    for windows in dict.fromkeys(stage.windows for stage in (final, *settings.all_stages)):
+    wide = dict.fromkeys(stage.windows for stage in (final, *settings.all_stages))
+    for windows in bar(wide, "warm-up, validation"):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, sequences, context, world)
 
@@ -3566,6 +3623,9 @@ class Log:
             self.wandb = wandb.init(project=settings.wandb, name=name, config=asdict(settings))
         self.line(f"log: {self.path}", file=False)
 
+    def checkpoint(self, step: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}_step{step:06}.pt")
+
     def open(self, header: str) -> None:
         """Begins the file, with its header; UserError if it exists or cannot be written."""
         folder = Path("logs")
@@ -3652,7 +3712,7 @@ def save_checkpoint(
         "optimizer": optimizer_state,
     }
     # Written beside its place, and renamed when it is whole and on the disk.
-    path = log.path.with_name(f"{log.path.stem}_step{step:06}.pt")
+    path = log.checkpoint(step)
     unfinished = path.with_suffix(".tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -3899,7 +3959,7 @@ class Run:
     optimizer: Optimizer
     plan: list[Batch]
     sequences: Tensor  # of validation
-    vocabulary: list[bytes] | None  # of prefix tokens, where a stage has them
+    vocabulary: list[bytes] | None  # see `vocabulary_for`
 
 
 def train(settings: Settings, world: World) -> None:
@@ -3909,7 +3969,7 @@ def train(settings: Settings, world: World) -> None:
     stream, val_sizes = validation_stream(settings)
     sequences = validation_sequences(stream, settings.val_seq_len)
     check_apart(train_sizes, val_sizes)
-    vocabulary = gpt2_vocabulary() if settings.has_prefixes else None
+    vocabulary = vocabulary_for(settings)
     model, objective, optimizer = build(settings, world)
     first, milliseconds = 0, 0.0
     if settings.resume:
@@ -3930,16 +3990,34 @@ def train(settings: Settings, world: World) -> None:
         gc.freeze()
         bar = tqdm(
             total=settings.total_steps, initial=first, disable=not log.terminal,
-            bar_format="{n}/{total} {bar} {elapsed} + {remaining} left{postfix}",
+            bar_format="{desc}{n}/{total} {bar} {elapsed} + {remaining} left{postfix}",
             dynamic_ncols=True,
         )
         with bar:
             loop(run, bar, first, Clock(world.device, milliseconds))
         log.line(peak_memory(world.device))
+        if settings.sample_every and Path("records").is_dir():
+            log.line(what_next(log, settings), file=False)
     finally:
         gc.unfreeze()  # what is left at the end would look like a leak to Triton's bindings
         if log.wandb:
             log.wandb.finish()
+
+
+def what_next(log: Log, settings: Settings) -> str:
+    """Commands to go on with, after a run in a checkout of the project."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    lines = ["what next:"]
+    checkpoint = log.checkpoint(settings.total_steps)
+    if checkpoint.exists():
+        lines.append(f'{python} evals/sample.py --checkpoint {checkpoint} --prompt "def "')
+    lines += [
+        f"{python} records/logbook.py plot {log.path} --out plot.png",
+        f"{python} records/logbook.py check train_gpt.py",
+    ]
+    return "\n    ".join(lines)
 
 
 def should_validate(settings: Settings, step: int, first: int) -> bool:
@@ -3956,6 +4034,26 @@ def should_save(settings: Settings, step: int, first: int, stopping: bool) -> bo
     if settings.checkpoint_every == 0 or step == first:
         return False
     return stopping or step % settings.checkpoint_every == 0
+
+
+def should_sample(settings: Settings, step: int, first: int) -> bool:
+    """Every `sample_every` steps, and at the end."""
+    if settings.sample_every == 0 or step == first:
+        return False
+    return step == settings.total_steps or step % settings.sample_every == 0
+
+
+def sample(run: Run, step: int) -> str:
+    """What the model of a step writes when it begins a document, in a frame."""
+    bos, stage = run.settings.model.bos_id, schedule(run.settings, step).stage
+    rotary = rotary_state(run.settings, step)
+    # Uncompiled, since every token makes the sequence longer.
+    with torch.compiler.set_stance("force_eager"):
+        made = generate(run.model, [bos], stage.windows, rotary, temperature=0.6, top_k=50, seed=1)
+        vocabulary = [*run.vocabulary, BOS_TEXT.encode()]
+        text = b"".join(vocabulary[token] for token in itertools.islice(made, SAMPLE_TOKENS))
+    lines = text.decode(errors="replace").strip("\n")
+    return f"--- after step {step} the model writes\n{lines}\n---"
 
 
 def batches_for(run: Run, first: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -3993,29 +4091,35 @@ def loop(run: Run, bar: tqdm, first: int, clock: Clock) -> None:
     catch_signals(signals)
     clock.start()
     prefix_of = None
-    if run.vocabulary is not None:  # on the clock, since the model learns from this table
+    if settings.has_prefixes:  # on the clock, since the model learns from this table
         prefix_of = prefix_table(run.vocabulary, config.vocab_size).to(device)
     # The last round only validates: step `total` itself is not taken.
     for step in range(first, total + 1):
         hyper = hypers[step]
         validates = should_validate(settings, step, first) and not stopping
+        samples = should_sample(settings, step, first) and not stopping
         saves = should_save(settings, step, first, stopping)
-        # Off the clock: validation, checkpoints, and the end.
-        if validates or saves or stopping:
+        # Off the clock: validation, samples, checkpoints, and the end.
+        if validates or samples or saves or stopping:
             losses.report(late=0)
             clock.stop()
             if validates:
+                bar.set_description_str("validation ")
                 rotary = rotary_state(settings, step)
                 windows = hyper.stage.windows
                 context = make_context(config, settings.val_seq_len, windows, model.embed, rotary)
                 loss = validate(model, run.sequences, context, world)
                 run.log.loss(step, "val_loss", loss, clock.milliseconds)
+            if samples and world.rank == 0:
+                run.log.line(sample(run, step), file=False)
             if saves:
                 save_checkpoint(run.log, settings, step, clock.milliseconds, model, run.optimizer)
             if stopping:
                 run.log.line(f"stopped by a signal after step {step}")
                 elsewhere = UserError("stopped by SIGINT or SIGTERM on another rank", status=143)
                 raise signals[0] if signals else elsewhere
+            bar.set_description_str("")
+            bar.unpause()  # what is left is training
             clock.start()
         if step == total:
             break
@@ -4197,6 +4301,11 @@ def check_settings(settings: Settings, world_size: int) -> None:
         raise UserError(
             f"--val-tokens {tokens} is not a multiple of --val-seq-len {length}; "
             f"nearest that works: --val-tokens {nearest}"
+        )
+    if settings.sample_every and not (config.has_byte_tokens or config.has_gpt2_tokens):
+        raise UserError(
+            f"--sample-every {settings.sample_every} cannot show tokens that are neither bytes nor "
+            "GPT-2's; leave it out"
         )
     if settings.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs the package wandb: pip install wandb")

@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from command import UserError, first_line
+from command import UserError, first_line, missing
 
 # fmt: off
 TEXT_SUFFIXES = {
@@ -58,7 +58,7 @@ def import_pyarrow(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading it needs pyarrow: pip install -r data/requirements.txt") from None
+        raise UserError(f"{path}: {missing('pyarrow', 'data/requirements.txt')}") from None
     return pyarrow
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, between, first_line, run
+from command import Parser, UserError, between, first_line, missing, run
 from shards import check_shard, shard_name
 
 Dataset = namedtuple("Dataset", "repo prefix train_shards")
@@ -42,7 +42,7 @@ def fetch(repo, path):
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise UserError("huggingface_hub is missing: pip install -r requirements.txt") from None
+        raise missing("huggingface_hub") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     # A network's file system may not let go of a file at once: what cannot be removed must not hide what went wrong.
     with tempfile.TemporaryDirectory(prefix=".incoming_", dir=path.parent, ignore_cleanup_errors=True) as incoming:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, catch_interrupts, run
+from command import Parser, UserError, catch_interrupts, missing, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
 
@@ -77,7 +77,7 @@ def main():
     try:
         sympy = metadata.distribution("sympy")  # importing sympy would take a second
     except metadata.PackageNotFoundError:
-        raise UserError("sympy is not installed: pip install -r requirements.txt") from None
+        raise missing("sympy") from None
     if sympy.version != pinned:
         print(
             f"embedded.py: warning: sympy {sympy.version} is installed, and requirements.txt has {pinned}: "

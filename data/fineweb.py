@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, between, catch_interrupts, first_line, run
+from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
 
@@ -59,7 +59,7 @@ def main():
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError("datasets is missing: pip install -r data/requirements.txt") from None
+        raise missing("datasets", "data/requirements.txt") from None
     from tqdm import tqdm
 
     documents = read_documents(load_dataset, REPOS[prefix], args.sample)

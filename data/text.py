@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
-from command import Parser, UserError, between, catch_interrupts, first_line, run
+from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
 
@@ -90,7 +90,7 @@ def gpt2():
 
         encoding = tiktoken.get_encoding("gpt2")
     except ImportError:
-        raise UserError("tiktoken is missing: pip install -r requirements.txt") from None
+        raise missing("tiktoken") from None
     except Exception as error:  # it fetches its table once, and passes on what its HTTP library raises
         raise UserError(
             f"GPT-2's tokenizer could not be fetched: {first_line(error)} (text.py --tokenizer bytes needs none)"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from command import UserError, first_line
+from command import UserError, first_line, missing
 
 
 @dataclass
@@ -24,17 +24,22 @@ class Checkpoint:
     def bos(self) -> int:
         return self.settings.model.bos_id
 
-    def context(self, length: int) -> train_gpt.Context:
-        """For sequences of `length` tokens, with the windows of the final validation."""
-        last = train_gpt.schedule(self.settings, self.settings.total_steps).stage
-        rotary = train_gpt.rotary_state(self.settings, self.step)
-        return train_gpt.make_context(self.settings.model, length, last.windows, self.model.embed, rotary)
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Those of the final validation."""
+        return train_gpt.schedule(self.settings, self.settings.total_steps).stage.windows
 
-    @torch.no_grad()
+    @property
+    def rotary(self) -> tuple[Tensor, float]:
+        return train_gpt.rotary_state(self.settings, self.step)
+
+    def context(self, length: int) -> train_gpt.Context:
+        """For sequences of `length` tokens."""
+        return train_gpt.make_context(self.settings.model, length, self.windows, self.model.embed, self.rotary)
+
     def logits(self, tokens: Tensor) -> Tensor:
         """The capped logits (V,), float32, of what follows tokens (T,); those of the padding are left out."""
-        x = self.model.stream(tokens, self.context(len(tokens)))[-1]
-        return train_gpt.softcap(x @ self.model.lm_head)[: self.settings.model.vocab_size]
+        return self.model.next_logits(tokens, self.context(len(tokens)))
 
 
 def load(path: str, device: str = "") -> Checkpoint:
@@ -61,10 +66,15 @@ def tokenizer(config: train_gpt.ModelConfig) -> tuple[Callable, Callable]:
     def to_bytes(text: str) -> bytes:
         return text.encode(errors="surrogateescape")
 
-    vocabulary = config.vocab_size, config.bos_id
-    if vocabulary == (257, 256):
-        return lambda text: list(to_bytes(text)), lambda tokens: bytes(tokens).decode(errors="replace")
-    if vocabulary != (50257, 50256):
+    if config.has_byte_tokens:
+        bos = train_gpt.BOS_TEXT.encode()
+
+        def decode(tokens: list[int]) -> str:
+            texts = (bos if token == config.bos_id else bytes([token]) for token in tokens)
+            return b"".join(texts).decode(errors="replace")
+
+        return lambda text: list(to_bytes(text)), decode
+    if not config.has_gpt2_tokens:
         raise UserError(
             f"no tokenizer for a vocabulary of {config.vocab_size:,} whose BOS is {config.bos_id:,}: "
             "there are bytes, 257 and 256, and GPT-2's, 50,257 and 50,256"
@@ -87,6 +97,6 @@ def gpt2_encoding():
 
         return tiktoken.get_encoding("gpt2")
     except ImportError:
-        raise UserError("tiktoken is missing: pip install -r requirements.txt") from None
+        raise missing("tiktoken") from None
     except Exception as error:  # it fetches its table once, and passes on what its HTTP library raises
         raise UserError(f"GPT-2's tokenizer could not be fetched: {first_line(error)}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, UserError, between, catch_interrupts, first_line, run
+from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 
 catch_interrupts(__name__)  # before the imports that take seconds
 
@@ -90,7 +90,7 @@ def download_items() -> list[dict]:
         import pyarrow.parquet
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install -r evals/requirements.txt, or use --data") from None
+        raise UserError(f"{missing(error.name, 'evals/requirements.txt')}, or use --data") from None
     try:
         path = hf_hub_download("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", repo_type="dataset")
         return pyarrow.parquet.read_table(path, columns=["ctx", "endings", "label"]).to_pylist()

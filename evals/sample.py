@@ -13,6 +13,7 @@ from command import Parser, UserError, between, catch_interrupts, run
 catch_interrupts(__name__)  # before the imports that take seconds
 
 import argparse
+import itertools
 import math
 
 import torch
@@ -24,25 +25,10 @@ LONGEST = 16_384  # tokens of a prompt, and of what follows: each takes a pass o
 
 
 def sample(model: checkpoint.Checkpoint, prompt: str, count: int, temperature: float, top_k: int, seed: int):
-    """Yields up to `count` tokens that follow BOS and the prompt; ends early where the model begins a new document.
-
-    `temperature` 0 takes the likeliest token each time; `top_k` 0 is no limit.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Yields the `count` tokens that follow BOS and the prompt; see `train_gpt.generate`."""
     tokens = [model.bos, *model.encode(prompt)]
-    for _ in range(count):
-        logits = model.logits(torch.tensor(tokens, device=model.model.embed.device)).cpu()
-        if top_k:
-            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-        if temperature == 0:
-            token = logits.argmax().item()
-        else:
-            below = logits.double() - logits.max()  # 0 for the likeliest token: no temperature overflows it
-            token = torch.multinomial((below / temperature).softmax(-1), 1, generator=generator).item()
-        if token == model.bos:
-            return
-        tokens.append(token)
-        yield token
+    made = train_gpt.generate(model.model, tokens, model.windows, model.rotary, temperature, top_k, seed)
+    return itertools.islice(made, count)
 
 
 def finite(text: str) -> float:
@@ -67,6 +53,7 @@ def command_line() -> Parser:
         "--top-k", type=any_size, default=50, help="choose among so many tokens, 0 for all (default: 50)"
     )
     parser.add_argument("--seed", type=any_size, default=1, help="seed of the choices (default: 1)")
+    parser.add_argument("--stop", action="store_true", help="end where the model begins a new document")
     return parser
 
 
@@ -81,6 +68,8 @@ def main() -> None:
     tokens, shown = [], ""
     chosen = arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed
     for token in sample(model, arguments.prompt, *chosen):
+        if arguments.stop and token == model.bos:
+            break
         tokens.append(token)
         text = model.decode(tokens).rstrip("\ufffd")  # a character may take several tokens
         print(text[len(shown) :], end="", flush=True)

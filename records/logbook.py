@@ -358,7 +358,7 @@ def check(args) -> int:
     try:
         from tqdm import tqdm
     except ImportError:
-        raise UserError("this needs tqdm: pip install -r requirements.txt") from None
+        raise command.missing("tqdm") from None
     signal.signal(signal.SIGHUP, command.stop)  # as the other signals do: the child is ended, too
     names = [name for name in CHECKS if name in (args.only or CHECKS)]
     rows = []

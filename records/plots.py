@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from command import UserError, report
+from command import UserError, missing, report
 from experiments import Experiment, by_experiment, difference_text, differences, target_of
 from log_reader import Run, read_logs
 from printing import write_file
@@ -156,7 +156,7 @@ def load_matplotlib():
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError:
-        raise UserError("this needs matplotlib: pip install -r records/requirements.txt") from None
+        raise missing("matplotlib", "records/requirements.txt") from None
     return matplotlib
 
 

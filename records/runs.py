@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import logbook
 from command import UserError
+from samples import student_t
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,12 +91,10 @@ def step_time(path: Path) -> float:
 
 def interval(values: list[float], form: str) -> str:
     """Mean and, of more than one value, half the width of its 95 % interval by Student's t."""
-    from scipy import stats
-
     mean, n = format(statistics.fmean(values), form), len(values)
     if n < 2:
         return mean
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = student_t().stdtrit(n - 1, 0.975) * statistics.stdev(values) / math.sqrt(n)
     return f"{mean} ± {format(half, form.lstrip('+'))}"
 
 

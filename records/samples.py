@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from command import UserError, report
+from command import UserError, missing, report
 from log_reader import Run, read_logs
 from rules import OPTIMIZER_MARGIN, SIGNIFICANCE
 
@@ -30,7 +30,7 @@ def student_t():
     try:
         from scipy import special
     except ImportError:
-        raise UserError("this needs scipy: pip install -r records/requirements.txt") from None
+        raise missing("scipy", "records/requirements.txt") from None
     return special
 
 

@@ -15,6 +15,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -282,7 +283,11 @@ def only_log(folder):
 
 def log_lines(folder):
     """The lines after the header of the only log in a folder; every line must be whole."""
-    text = only_log(folder).read_text()
+    return log_lines_of(only_log(folder))
+
+
+def log_lines_of(path):
+    text = path.read_text()
     assert text.endswith("\n") and text.count(f"\n{RULE}\n") >= 2
     return text.split(f"\n{RULE}\n")[-1].splitlines()
 
@@ -292,6 +297,44 @@ def last_step(folder):
     text = "\n".join(log_lines(folder))
     steps = re.findall(r"^step:(\d+)/\d+ train_loss:\S+ train_time:\d+ms step_avg:\S+ms$", text, re.MULTILINE)
     return int(steps[-1]) if steps else 0
+
+
+def losses(log):
+    return re.findall(r"^(step:\d+/\d+ \w+_loss:\S+)", log.read_text(), re.MULTILINE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run ends with
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_come_at_their_steps_on_the_screen_alone_and_change_no_loss(small, launcher, tmp_path):
+    for name in "train_gpt.py", "records", "evals", "command.py":
+        (tmp_path / name).symlink_to(ROOT / name)
+    options = ("--steps", "8", "--run-id")
+    assert small(*options, "plain").returncode == 0
+    result = small(*options, "sampled", "--sample-every", "3", "--checkpoint-last")
+    assert result.returncode == 0, result.stderr
+    plain, sampled = (tmp_path / "logs" / f"{name}.txt" for name in ("plain", "sampled"))
+    assert losses(sampled) == losses(plain) and len(losses(plain)) == 8 + 2
+    frames = re.findall(r"^--- after step (\d+) the model writes\n(.*?)\n---$", result.stdout, re.MULTILINE | re.DOTALL)
+    assert [int(step) for step, _ in frames] == [3, 6, 8] and len({text for _, text in frames}) == 3
+    assert not any(line.startswith("---") for line in log_lines_of(sampled))
+
+    # What it names next can be done: the first command writes what the last sample has, if it is asked for the same.
+    head, *commands = result.stdout.split("what next:")[1].splitlines()
+    assert head == "" and len(commands) == 3
+    program, script, *arguments = shlex.split(commands[0])
+    assert program == sys.executable and script == "evals/sample.py" and arguments[-2:] == ["--prompt", "def "]
+    same = (*arguments[:-2], "--temperature", "0.6", "--tokens", "200")
+    written = launcher.start(tmp_path / script, *same, cwd=tmp_path).wait()
+    assert written.returncode == 0 and written.stdout.strip("\n") == frames[-1][1], written.stderr
+    assert shlex.split(commands[1])[1:] == ["records/logbook.py", "plot", "logs/sampled.txt", "--out", "plot.png"]
+    assert shlex.split(commands[2])[1:] == ["records/logbook.py", "check", "train_gpt.py"]
+
+
+def test_samples_of_tokens_that_have_no_text_are_refused(small, tmp_path):
+    assert_refused(small("--vocab-size", "300", "--sample-every", "5"), tmp_path, "--sample-every 5", "bytes", "GPT-2")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

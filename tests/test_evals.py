@@ -245,7 +245,7 @@ def test_gpt2s_tokenizer_that_cannot_be_had_is_answered_with_a_line(monkeypatch)
     with pytest.raises(UserError, match="^GPT-2's tokenizer could not be fetched: no network$"):
         checkpoint.gpt2_encoding()
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(UserError, match="tiktoken is missing: pip install"):
+    with pytest.raises(UserError, match="tiktoken is missing: .* -m pip install -r "):
         checkpoint.gpt2_encoding()
 
 
@@ -262,6 +262,18 @@ def test_samples_are_the_same_for_a_seed_and_follow_the_probabilities(path):
     greedy = list(sample.sample(model, "x", 4, 0.0, 0, 1))
     for n, token in enumerate(greedy):
         assert token == model.logits(torch.tensor([model.bos, *b"x", *greedy[:n]])).argmax()
+
+
+def test_samples_go_on_after_a_document_unless_they_are_told_to_stop(path, monkeypatch, capsys):
+    model = checkpoint.load(str(path), "cpu")
+    tokens = iter([*b"one", 256, *b"two"])
+    monkeypatch.setattr(sample, "sample", lambda *arguments: tokens)
+    monkeypatch.setattr(checkpoint, "load", lambda *arguments: model)
+    for stop, text in ([], "zero one<|endoftext|>two\n"), (["--stop"], "zero one\n"):
+        tokens = iter([*b" one", 256, *b"two"])
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(path), "--prompt", "zero", *stop])
+        sample.main()
+        assert capsys.readouterr().out == text
 
 
 def test_sample_prints_the_prompt_and_what_follows(path, command):

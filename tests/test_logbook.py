@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -747,7 +748,11 @@ def test_a_missing_package_is_one_line_and_show_does_without(tmp_path, package):
     runs = sample(tmp_path, LOSSES)
     command = {"scipy": ["stats", *runs], "matplotlib": ["plot", *runs, "--out", tmp_path / "a.png"]}[package]
     line = mistake(*command, env=env)
-    assert line == f"logbook.py: this needs {package}: pip install -r records/requirements.txt"
+    assert line.startswith(f"logbook.py: {package} is missing: ")
+    # The command works where it is read: it is this Python's, and the file is there.
+    python, *words, file = shlex.split(line.split(": ", 2)[2])
+    assert python == sys.executable and words == ["-m", "pip", "install", "-r"]
+    assert Path(file).resolve() == ROOT / "records" / "requirements.txt" and package in Path(file).read_text()
     logbook("show", *runs, env=env)
 
 

@@ -145,9 +145,20 @@ def test_scripts_need_no_newer_bash_than_3_2(feature):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+SHOWN = ["--checkpoint-last", "--sample-every", "500"]
+
+
 def test_without_gpus_it_trains_tiny_in_plain_python_on_the_embedded_corpus(machine):
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
     assert machine.before == [["data/embedded.py"]]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini"])
+def test_small_runs_end_with_something_to_look_at_unless_the_arguments_say_otherwise(preset, machine):
+    arguments = ("--preset", preset, "--sample-every", "0")
+    assert machine.train(*arguments) == ["train_gpt.py", *SHOWN, *arguments]  # the last one counts
+    own = (*arguments[:2], "--train-files", "x_*.bin")  # of tokens that may have no text
+    assert machine.train(*own) == ["train_gpt.py", *own]
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])
@@ -179,7 +190,7 @@ def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machi
 
 def test_nproc_is_the_number_of_processes(machine):
     call = machine.train(NPROC="4")
-    assert "--nproc_per_node=4" in call and call[-3:] == ["train_gpt.py", "--preset", "tiny"]
+    assert "--nproc_per_node=4" in call and call[-6:] == ["train_gpt.py", "--preset", "tiny", *SHOWN]
     machine.gpus = 8
     assert machine.train(NPROC="1") == ["train_gpt.py", "--preset", "record"]
     assert "--nproc_per_node=2" in machine.train(NPROC="2")
@@ -227,7 +238,7 @@ def test_number_out_of_its_range_is_refused(name, low, high, machine):
 
 
 def test_number_that_is_set_to_nothing_is_not_set(machine):
-    assert machine.train(NPROC="", NNODES="") == ["train_gpt.py", "--preset", "tiny"]
+    assert machine.train(NPROC="", NNODES="") == ["train_gpt.py", "--preset", "tiny", *SHOWN]
     assert "--nnodes=08" in machine.train(**(NODES | {"NNODES": "08", "NODE_RANK": "07"}))
 
 
@@ -246,7 +257,7 @@ def test_arguments_arrive_as_they_are(gpus, machine):
 def test_named_preset_is_kept_and_gets_its_data(arguments, gpus, machine):
     machine.gpus = gpus
     call = machine.train(*arguments)
-    assert call[call.index("train_gpt.py") + 1 :] == arguments
+    assert call[call.index("train_gpt.py") + 1 :] == [*SHOWN, *arguments]
     assert machine.before == [["data/embedded.py"]]
     for other in "record", "next":
         machine.train(*(argument.replace("tiny", other) for argument in arguments))
@@ -268,7 +279,7 @@ def test_status_of_the_run_is_its_own(machine):
 
 
 def test_it_works_from_any_folder(machine, tmp_path):
-    expected = ["train_gpt.py", "--preset", "tiny", "--seed", "1"]
+    expected = ["train_gpt.py", "--preset", "tiny", *SHOWN, "--seed", "1"]
     (tmp_path / "elsewhere" / "a project").mkdir(parents=True)
     for cwd, script in ((tmp_path, "a project/run.sh"), (tmp_path / "elsewhere", "../a project/run.sh")):
         assert machine.train("--seed", "1", cwd=cwd, script=script) == expected
@@ -298,11 +309,12 @@ def test_python_that_does_not_serve_gets_a_venv_once(machine):
     (machine.bin / "serves").unlink()
     calls = machine.run("--seed", "1")
     assert calls[0][:2] == ["-m", "venv"]
-    assert calls[1][:3] == ["-m", "pip", "install"] and calls[1][-2:] == ["--requirement", "requirements.txt"]
-    assert calls[-1] == ["train_gpt.py", "--preset", "tiny", "--seed", "1"]
+    assert calls[1][:3] == ["-m", "pip", "install"]
+    assert calls[1][-4:] == ["--requirement", "records/requirements.txt", "--requirement", "requirements.txt"]
+    assert calls[-1] == ["train_gpt.py", "--preset", "tiny", *SHOWN, "--seed", "1"]
     assert machine.pythons[-1].endswith(".venv/bin/python")
     calls = machine.run()
-    assert calls == [["data/embedded.py"], ["train_gpt.py", "--preset", "tiny"]]
+    assert calls == [["data/embedded.py"], ["train_gpt.py", "--preset", "tiny", *SHOWN]]
     assert machine.pythons[-1].endswith(".venv/bin/python")
 
 
@@ -312,7 +324,7 @@ def test_set_up_that_was_interrupted_is_taken_up_again(machine):
     calls = machine.run(status=1)
     assert not any("train_gpt.py" in call for call in calls)
     (machine.project / "offline").unlink()
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
     assert any(call[:3] == ["-m", "pip", "install"] for call in machine.before)
 
 
@@ -332,7 +344,7 @@ def test_python_that_is_too_old_is_named(version, serves, machine):
 
 def test_python_by_its_other_name_will_do(machine):
     (machine.bin / "python3").rename(machine.bin / "python")
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny"]
+    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

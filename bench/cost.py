@@ -1,15 +1,16 @@
-"""Counts what a training step costs on 8 H100s, without one: kernels, bytes, FLOPs, modelled milliseconds, by part.
+"""Counts what a training step costs on GPUs, without one: kernels, bytes, FLOPs, modelled milliseconds, by part.
 
     python bench/cost.py [--preset record] [--save FILE] [--against FILE] [any option of train_gpt.py]
+    python bench/cost.py --gpus 1 --card rtx4090 --slices 32
 
 For each stage it compiles the training objective as a GPU would have it, and counts what Inductor's kernels read and
-write and what their products compute. A kernel's time is modelled as the longer of bytes / 3.35 TB/s and FLOPs / 989
-TFLOP/s (1,979 in 8 bits), which are an H100's peaks, and 2 microseconds for its launch. What ranks share is by
-arithmetic: NorMuon, Adam on an eighth of the parameters, and communication at 450 GB/s.
+write and what their products compute. A kernel's time is modelled as the longer of its bytes and its FLOPs, at the
+card's peaks (an H100's: 3.35 TB/s, 989 TFLOP/s, 1,979 in 8 bits), and 2 microseconds for its launch. The optimizers
+are by arithmetic: each GPU's share of NorMuon and Adam, and communication at the speed of the cards' links.
 
 It is a model, not a measurement. It knows nothing of caches, of how well a kernel is laid out, of instructions that are
 no products, or of what overlaps. Attention's products are counted as if every window was full. The public script of
-record 84, counted in the same way, took 1.36 to 1.38 times its sum; the last line multiplies by 1.37.
+record 84, counted in the same way, took 1.36 to 1.38 times its sum on 8 H100s; the last line multiplies by 1.37.
 """
 
 import sys
@@ -30,12 +31,29 @@ from typing import NamedTuple
 
 import fake_cuda
 
-BANDWIDTH = 3.35e12  # bytes a second
-PEAKS = {"bf16": 989e12, "fp8": 1979e12}  # FLOP a second
 LAUNCH = 2e-6  # seconds
-LINK = 450e9  # bytes a second between GPUs
-RANKS = 8
 MEASURED_TO_MODELLED = 1.37
+
+
+class Card(NamedTuple):
+    """A GPU's peaks by NVIDIA's data sheets: dense products, gathered in float32."""
+
+    name: str
+    capability: int  # compute capability, times ten
+    bandwidth: float  # bytes a second
+    bf16: float  # FLOP a second
+    fp8: float  # likewise; 0 where it has none
+    link: float  # bytes a second to the other GPUs of a node; 0 where there is no NVLink
+
+
+CARDS = {
+    "h100": Card("H100", 90, 3.35e12, 989e12, 1979e12, 450e9),
+    "h200": Card("H200", 90, 4.8e12, 989e12, 1979e12, 450e9),
+    "a100": Card("A100, 80 GB", 80, 2.04e12, 312e12, 0, 300e9),
+    "rtx4090": Card("RTX 4090", 89, 1.01e12, 165e12, 330e12, 0),
+    "rtx3090": Card("RTX 3090", 80, 0.936e12, 71e12, 0, 0),
+    "rtx4080": Card("RTX 4080", 89, 0.717e12, 97.5e12, 195e12, 0),
+}
 
 COMPOSING = ("compose_heads", "banded_weights", "banded_mask", "chunks", "and_chunk_before")
 PARTS = (
@@ -51,10 +69,11 @@ class Kernel(NamedTuple):
     precision: str = "bf16"
     launches: float = 1
 
-    @property
-    def seconds(self) -> float:
-        rate = LINK if self.part == "communication" else BANDWIDTH
-        return max(self.bytes / rate, self.flops / PEAKS[self.precision]) + self.launches * LAUNCH
+    def seconds(self, card: Card) -> float:
+        if self.part == "communication":
+            return self.bytes / card.link + self.launches * LAUNCH
+        peak = card.fp8 if self.precision == "fp8" else card.bf16
+        return max(self.bytes / card.bandwidth, self.flops / peak) + self.launches * LAUNCH
 
 
 # ---- What Inductor is about to write -------------------------------------------------------------
@@ -226,7 +245,7 @@ def attention_flops(config, stage, tokens: int) -> int:
     return total
 
 
-def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Iterator[Kernel]:
+def optimizer_kernels(settings, table: dict, tokens: int, hypers: list, ranks: int) -> Iterator[Kernel]:
     """A rank's part of the optimizers and of the communication, a step; what runs in half of the `hypers` counts half.
 
     `hypers` is what the schedule says of each of the stage's steps.
@@ -239,17 +258,17 @@ def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Itera
         if row is None:
             continue
         count = math.prod(row.shape)
-        mine = count // RANKS if row.kind in ("bank", "table") else count
+        mine = count // ranks if row.kind in ("bank", "table") else count
         if row.kind == "bank" and settings.muon:
             n, rows, cols = row.shape
             short, long = min(rows, cols), max(rows, cols)
             # A step of Polar Express: X X^T and its square by symmetric halves, and a product with X.
-            flops = settings.polar_steps * n // RANKS * (short**2 * long + short**3 + 2 * short**2 * long)
+            flops = settings.polar_steps * n // ranks * (short**2 * long + short**3 + 2 * short**2 * long)
             polar_bytes = settings.polar_steps * 2 * 4 * mine
             # Weight, its low half, gradient and momentum, and some four passes over the update in float32.
             launches = 4 * settings.polar_steps
             yield Kernel("optimizer", polar_bytes + mine * (4 + 4 + 2 + 8 + 32), flops, launches=launches)
-            yield Kernel("communication", 2 * 2 * count * (RANKS - 1) // RANKS, launches=2)
+            yield Kernel("communication", 2 * 2 * count * (ranks - 1) // ranks, launches=2)
             continue
         share = tables if row.kind == "table" and name != "lm_head" else adam
         width = 4 if row.kind == "scalar" else 2
@@ -263,7 +282,7 @@ def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Itera
             there = count
             if name == "bigram_table" and settings.sparse_exchange:
                 there = min(count, int(tokens / share) * row.shape[1])  # the rows touched, at most one a token
-            travels = share * width * (there + count) * (RANKS - 1) / RANKS
+            travels = share * width * (there + count) * (ranks - 1) / ranks
             yield Kernel("communication", int(travels), launches=2 * share)
         else:
             yield Kernel("communication", int(share * 4 * 2 * count), launches=0)
@@ -273,7 +292,7 @@ def optimizer_kernels(settings, table: dict, tokens: int, hypers: list) -> Itera
 # ---- The table -----------------------------------------------------------------------------------
 
 
-def count_stages(settings, model) -> Iterator[tuple[str, int, list[Kernel]]]:
+def count_stages(settings, model, ranks: int) -> Iterator[tuple[str, int, list[Kernel]]]:
     """Yields each stage's name, steps, and the kernels of one of its steps on one of the ranks."""
     import torch
     from torch._inductor.async_compile import AsyncCompile
@@ -308,16 +327,17 @@ def count_stages(settings, model) -> Iterator[tuple[str, int, list[Kernel]]]:
         hypers = [train_gpt.schedule(settings, step) for step in range(first, first + stage.steps)]
         first += stage.steps
         tokens = stage.batch_tokens // settings.slices
-        kernels = by_length[tokens] * (settings.slices // RANKS)
+        kernels = by_length[tokens] * (settings.slices // ranks)
         attention = [kernel for kernel in kernels if kernel.part == "attention"]
         share = attention_flops(settings.model, stage, tokens) // max(len(attention), 1)
         kernels = [k._replace(flops=share) if k.part == "attention" else k for k in kernels]
-        kernels += optimizer_kernels(settings, model.table, tokens, hypers)
+        optimizers = optimizer_kernels(settings, model.table, tokens, hypers, ranks)
+        kernels += (kernel for kernel in optimizers if ranks > 1 or kernel.part != "communication")
         last = number == len(settings.all_stages)
         yield "extension" if last else f"stage {number}", stage.steps, kernels
 
 
-def summed(kernels: list[Kernel]) -> dict[str, list[float]]:
+def summed(kernels: list[Kernel], card: Card) -> dict[str, list[float]]:
     """Launches, GB, TFLOP in bf16, TFLOP in FP8 and milliseconds, by part and in all."""
     rows = {}
     for kernel in kernels:
@@ -326,7 +346,7 @@ def summed(kernels: list[Kernel]) -> dict[str, list[float]]:
             row[0] += kernel.launches
             row[1] += kernel.bytes / 1e9
             row[3 if kernel.precision == "fp8" else 2] += kernel.flops / 1e12
-            row[4] += kernel.seconds * 1e3
+            row[4] += kernel.seconds(card) * 1e3
     return {part: rows[part] for part in (*PARTS, "total") if part in rows}
 
 
@@ -340,7 +360,7 @@ def print_stage(name: str, steps: int, rows: dict, before: dict | None) -> None:
         print(line, flush=True)
 
 
-def count(options: list[str], save: Path | None, against: Path | None) -> None:
+def count(options: list[str], card: Card, ranks: int, save: Path | None, against: Path | None) -> None:
     import torch
     from tqdm import tqdm
 
@@ -350,8 +370,8 @@ def count(options: list[str], save: Path | None, against: Path | None) -> None:
         settings, _ = train_gpt.parse_arguments(options)
     except train_gpt.UserError as error:  # whose type could not be named before now
         raise command.UserError(error) from None
-    if settings.slices % RANKS:
-        raise command.UserError(f"--slices {settings.slices}: not a multiple of {RANKS}, the GPUs of the model")
+    if settings.slices % ranks:
+        raise command.UserError(f"--slices {settings.slices}: not a multiple of --gpus {ranks}")
     before = {}
     if against is not None:
         try:
@@ -366,13 +386,13 @@ def count(options: list[str], save: Path | None, against: Path | None) -> None:
     stages = {}
     seconds = 0.0
     with fake_cuda.tensors():
-        for name, steps, counted in tqdm(count_stages(settings, model), "stages", leave=False, disable=None):
-            stages[name] = summed(counted)
+        for name, steps, counted in tqdm(count_stages(settings, model, ranks), "stages", leave=False, disable=None):
+            stages[name] = summed(counted, card)
             print_stage(name, steps, stages[name], before.get(name))
             seconds += steps * stages[name]["total"][4] / 1e3
     print(
         f"\n{settings.total_steps} steps: {seconds:.1f} s modelled, x {MEASURED_TO_MODELLED} = "
-        f"{seconds * MEASURED_TO_MODELLED:.1f} s expected on {RANKS} H100s"
+        f"{seconds * MEASURED_TO_MODELLED:.1f} s expected on {ranks} x {card.name}"
     )
     if save is not None:
         save.write_text(json.dumps(stages, indent=1) + "\n")
@@ -382,12 +402,17 @@ def main() -> None:
     parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the counts there, as JSON")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with counts of --save")
+    parser.add_argument("--card", choices=CARDS, default="h100", help="the GPU (default: h100)")
+    parser.add_argument("--gpus", type=command.between(1, 8), default=8, help="how many share a batch (default: 8)")
     arguments, options = parser.parse_known_args()
+    card, gpus = CARDS[arguments.card], arguments.gpus
+    if gpus > 1 and not card.link:
+        raise command.UserError(f"--gpus {gpus}: {card.name} has no NVLink, which the model is of: give --gpus 1")
     try:
-        fake_cuda.pretend(90)
+        fake_cuda.pretend(card.capability)
     except RuntimeError as error:
         raise command.UserError(error) from None
-    count(options, arguments.save, arguments.against)
+    count(options, card, gpus, arguments.save, arguments.against)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from experiments import Experiment, difference_text, relevant_settings
 from leaderboard import RECORDS, Record, listed, read_text, track_targets
 from log_reader import Run, find_script, open_log
 from printing import shown_p
-from rules import SIGNIFICANCE, TRACKS
+from rules import SIGNIFICANCE, preset_of
 from samples import Difference, loss_sample
 
 # Settings that are no options of the command line, or are said for every run.
@@ -87,7 +87,7 @@ def options_of(run: Run, settings: dict) -> list[str]:
 def run_or_find(path: Path, script: Path, options: list[str], track: str, models: list[Run]) -> Run:
     """The run of a log, made if it is not there. UserError if it is of another experiment than its models."""
     if training.finished(path) is None:
-        preset = TRACKS[track]
+        preset = preset_of(track)
         files = f"./data/{'sympy/sympy' if preset == 'tiny' else 'fineweb10B/fineweb'}"  # beside the project's script
         words = ["--preset", preset, "--train-files", f"{files}_train_*.bin", "--val-files", f"{files}_val_*.bin"]
         training.train(path, str(script), [*words, "--val-every", "1000000", *options])

@@ -11,7 +11,7 @@ from experiments import Experiment, by_experiment, difference_text
 from log_reader import Run, backward_times, without_copies
 from plots import draw_progress, load_matplotlib, picture_kind, save
 from printing import print_json, shown, shown_p, table, write_file
-from rules import SIGNIFICANCE, STREAMS, TARGET, TRACKS
+from rules import SIGNIFICANCE, STREAMS, TARGET, preset_of
 from samples import Sample, Verdict, loss_sample, results, time_sample
 
 RECORDS = Path(__file__).resolve().parent
@@ -53,9 +53,10 @@ def leaderboard(args) -> int:
     readme = RECORDS / "README.md"
     text = read_text(readme)
     tracks = track_targets(text)
-    for folder in folders(RECORDS):
-        if folder.name not in tracks and any(RECORD_NAME.fullmatch(record.name) for record in folders(folder)):
-            marker = f"<!-- leaderboard: {folder.name}, target ... -->"
+    for folder in [inner for outer in folders(RECORDS) for inner in (outer, *folders(outer))]:
+        track = folder.relative_to(RECORDS).as_posix()
+        if track not in tracks and any(RECORD_NAME.fullmatch(record.name) for record in folders(folder)):
+            marker = f"<!-- leaderboard: {track}, target ... -->"
             raise UserError(f"{folder}: README.md has no table for it ({marker})")
     current = TABLE.sub(lambda match: match[1] + track_table(match[2], float(match[3])) + match[5], text)
     if args.check:
@@ -163,9 +164,9 @@ def own_runs(runs: list[Run], before: list[Record]) -> tuple[list[Run], list[Run
 
 
 def require_stream(runs: list[Run], track: str) -> None:
-    if track not in TRACKS:
+    if (preset := preset_of(track)) is None:
         raise Refused("rules.py does not say on which tokens its track validates")
-    right = STREAMS[TRACKS[track]]
+    right = STREAMS[preset]
     for run in runs:
         settings = run.header.settings or {}
         given = settings.get("val_tokens"), PurePath(str(settings.get("val_files"))).name

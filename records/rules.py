@@ -46,5 +46,11 @@ STREAMS = {
     "mini": EMBEDDED,
     "tiny": EMBEDDED,
 }
-# The preset whose stream a track validates on, by the track's folder.
-TRACKS = {"8xh100": "record", "tiny": "tiny"}
+# The preset whose stream a track validates on, by the track's folder. The track of one GPU has a folder in it, and a
+# table, for each card, as 1gpu/rtx4090.
+TRACKS = {"8xh100": "record", "1gpu": "record", "tiny": "tiny"}
+
+
+def preset_of(track: str) -> str | None:
+    """A track's preset; None where there is no such track."""
+    return TRACKS.get(track.partition("/")[0])

@@ -341,10 +341,12 @@ def test_attention_is_counted_like_the_models_flops_and_its_logits_once_more():
 def test_a_kernel_takes_the_longer_of_its_bytes_and_its_flops_and_its_launch():
     import cost
 
-    assert cost.Kernel("MLP", 3_350_000_000, 989_000_000).seconds == pytest.approx(1e-3 + 2e-6)
-    assert cost.Kernel("MLP", 3_350_000, 989_000_000_000).seconds == pytest.approx(1e-3 + 2e-6)
-    assert cost.Kernel("MLP", 0, 1_979_000_000_000, "fp8", launches=0.5).seconds == pytest.approx(1e-3 + 1e-6)
-    assert cost.Kernel("communication", 450_000_000).seconds == pytest.approx(1e-3 + 2e-6)
+    h100, small = cost.CARDS["h100"], cost.CARDS["rtx3090"]
+    assert cost.Kernel("MLP", 3_350_000_000, 989_000_000).seconds(h100) == pytest.approx(1e-3 + 2e-6)
+    assert cost.Kernel("MLP", 3_350_000, 989_000_000_000).seconds(h100) == pytest.approx(1e-3 + 2e-6)
+    assert cost.Kernel("MLP", 0, 1_979_000_000_000, "fp8", launches=0.5).seconds(h100) == pytest.approx(1e-3 + 1e-6)
+    assert cost.Kernel("communication", 450_000_000).seconds(h100) == pytest.approx(1e-3 + 2e-6)
+    assert cost.Kernel("MLP", 936_000_000, 71_000_000_000).seconds(small) == pytest.approx(1e-3 + 2e-6)
 
 
 def test_what_runs_every_second_step_is_counted_half():
@@ -353,7 +355,7 @@ def test_what_runs_every_second_step_is_counted_half():
     table = {"lm_head": train_gpt.ParameterRow("table", (800, 10), None, (0.5, 0.95), 1, 1, None)}
     settings = recipe.RECORD
     hypers = [train_gpt.schedule(settings, step) for step in range(4)]
-    update, travel, small = cost.optimizer_kernels(settings, table, 1, hypers)
+    update, travel, small = cost.optimizer_kernels(settings, table, 1, hypers, ranks=8)
     # An eighth of the parameters: weights in bf16 read and written, gradients read, two float32 averages likewise.
     assert (update.bytes, update.launches) == (1000 * 22 / 2, 0.5)
     assert travel.bytes == 8000 * (2 + 2) * 7 / 8 / 2
@@ -379,3 +381,12 @@ def test_products_of_the_compiled_graphs_are_the_models(tmp_path):
     ratios = re.findall(r" (\d\.\d\d)$", again.stdout, re.MULTILINE)
     assert len(ratios) > 20 and set(ratios) == {"1.00"}
     assert "no counts of --save" in command("cost.py", "--against", tmp_path / "none.json", *options).stderr
+    # One GPU computes all eight slices, sends nothing, and updates all parameters; without FP8 nothing is in 8 bits.
+    alone = command("cost.py", "--gpus", 1, "--card", "a100", "--save", tmp_path / "alone.json", *options)
+    assert alone.returncode == 0 and alone.stdout.endswith(" s expected on 1 x A100, 80 GB\n"), alone.stderr
+    for name, rows in json.loads((tmp_path / "alone.json").read_text()).items():
+        assert "communication" not in rows and rows["total"][3] == 0
+        assert rows["MLP"][2] == pytest.approx(8 * sum(stages[name]["MLP"][2:4]))
+        assert rows["optimizer"][1] > 4 * stages[name]["optimizer"][1]
+    refused = command("cost.py", "--card", "rtx4090")
+    assert refused.returncode == 2 and "--gpus 1" in refused.stderr

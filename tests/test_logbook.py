@@ -1003,6 +1003,22 @@ def test_leaderboard_writes_the_tables_between_the_markers(records):
                          "No records yet.", "<!-- end of table -->"]  # fmt: skip
 
 
+def test_the_track_of_one_gpu_has_a_table_for_each_card(records):
+    pytest.importorskip("scipy")
+    script, readme = records / "logbook.py", records / "README.md"
+    stream = {"preset": "record", "val_tokens": 10_485_760, "val_files": "data/fineweb10B/fineweb_val_*.bin"}
+    for card, ms in ("fast", 1000), ("slow", 9000):  # neither is held against the other
+        folder = records / "1gpu" / card / "2026-05_a"
+        put_record(folder, f"On {card}", SOURCES["a"], [3.27, 3.271, 3.272], ms, **stream)
+    line = mistake("leaderboard", script=script)
+    assert "1gpu/fast: README.md has no table for it (<!-- leaderboard: 1gpu/fast, target ... -->)" in line
+    for card in "slow", "fast":
+        with open(readme, "a") as file:
+            file.write(f"<!-- leaderboard: 1gpu/{card}, target 3.28 -->\n<!-- end of table -->\n")
+    logbook("leaderboard", script=script)
+    assert titles(records)[-2:] == ["On slow", "On fast"] and "](1gpu/slow/2026-05_a/)" in readme.read_text()
+
+
 def test_leaderboard_run_again_changes_nothing(records):
     pytest.importorskip("scipy")
     script = records / "logbook.py"

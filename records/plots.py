@@ -59,7 +59,12 @@ class Curve:
         return [statistics.fmean(point.times_ms) for point in self.points]
 
     def early_loss(self) -> float:
-        """The loss at the first validation after a tenth of the run: what lies above it would dwarf the rest."""
+        """The loss at the first validation after a tenth of the run: what lies above it would dwarf the rest.
+
+        Where there is but one, the worst of the runs.
+        """
+        if len(self.points) == 1:
+            return max(filter(math.isfinite, self.points[0].losses), default=-math.inf)
         points = list(zip(self.steps(), self.losses(), strict=True))
         return next((loss for step, loss in points if 10 * step >= points[-1][0] and math.isfinite(loss)), -math.inf)
 
@@ -68,23 +73,19 @@ def curves(runs: list[Run], name: str | None = None) -> list[Curve]:
     """Puts the runs of an experiment together that ended at the same step: those of a folder, or, with a name, all.
 
     The folder or the name is the label; where that is several experiments', what sets them apart is added. A run that
-    goes with no other is a curve of its own, labelled by its file, or by its folder if other folders have such a file.
+    goes with no other is a curve of its own, labelled by its file if that lies in logs/, or beside others' files.
     """
     sets = {}
     for run in runs:
         group = name or Path(run.file).resolve().parent.name
         sets.setdefault((group, Experiment.of(run), run.steps[-1]), []).append(run)
     found = []
-    # A file's name that is in several folders says less than the folder's.
-    folders_of = {}
-    for run in runs:
-        folders_of.setdefault(Path(run.file).stem, set()).add(Path(run.file).resolve().parent)
     for (group, _, end), members in sets.items():
         first, label = members[0], group
         stem = Path(first.file).stem
         neighbours = [others for (other, _, _), others in sets.items() if other == group]
         if len(members) == 1 and (name is None or len(sets) > 1):
-            if len(folders_of[stem]) == 1 or len(neighbours) > 1:
+            if group == "logs" or len(neighbours) > 1:  # elsewhere it may be a record's run_1
                 label = stem + ("" if first.alone else f" run {first.number}")
         elif difference := label_difference(members, neighbours):
             label += f", {difference}"
@@ -169,18 +170,25 @@ def draw(matplotlib, drawn: list[Curve], targets: list[float]):
     ends = [loss for curve in drawn for point in curve.points for loss in point.losses if math.isfinite(loss)]
     bottom = min(ends)
     top = max(bottom, *(curve.early_loss() for curve in drawn))
-    # A target just missed is in the plot. One that is far from all losses is that of another task.
-    bottom = min([bottom, *(target for target in targets if bottom - 0.3 * (top - bottom) < target)])
+    # A target just missed, or met by all, is in the plot. One that is far from all losses is that of another task.
+    near = 0.5 * (top - bottom)
+    close = [target for target in targets if bottom - near < target < top + near]
+    bottom, top = min([bottom, *close]), max([top, *close])
     pad = 0.06 * (top - bottom) or 0.1
     visible = {by_step: [], by_time: []}
     for index, curve in enumerate(drawn):
-        mean, losses = curve.losses(), [point.losses for point in curve.points]
+        steps, times, mean = curve.steps(), curve.times_ms(), curve.losses()
+        low, high = ([end(point.losses) for point in curve.points] for end in (min, max))
         every = max(1, len(mean) // 10)
         style = curve_style(index) | {"linewidth": 1.6, "markevery": ((len(mean) - 1) % every, every)}
-        for axes, x in (by_step, curve.steps()), (by_time, [time / unit_ms for time in curve.times_ms()]):
+        if len(curve.points) == 1:  # no line and no band: a dot for each run
+            (point,) = curve.points
+            mean = low = high = point.losses
+            steps, times = [point.step] * len(mean), point.times_ms
+            style |= {"linestyle": "none", "markevery": None}
+        for axes, x in (by_step, steps), (by_time, [time / unit_ms for time in times]):
             axes.plot(x, mean, **style)
-            band = list(map(min, losses)), list(map(max, losses))
-            axes.fill_between(x, *band, color=style["color"], alpha=0.3, linewidth=0)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.3, linewidth=0)
             if seen := [at for at, loss in zip(x, mean, strict=True) if loss <= top and 0 < at < math.inf]:
                 visible[axes].append(seen)
     by_step.set_ylim(bottom - pad, top + pad)

@@ -176,11 +176,11 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
 
 
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:
-    """Runs every record with every seed, one after the other in turn, and the preset; writes the table, and draws.
+    """Runs every record with every seed, one after the other in turn, and the preset; writes the table.
 
-    What is drawn is validated on the way, too.
+    The first runs of the first and the last are validated on the way, too.
     """
-    drawn = [records[0].run(1), records[-1].run(1), PRESET]
+    drawn = [records[0].run(1), records[-1].run(1)]
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for record in records:
             path, count = record.run(seed), steps[record.name]
@@ -188,29 +188,6 @@ def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int
         put_section(README, "records", table(records, target, seed))
     settings, _ = train_gpt.parse_arguments(["--preset", "tiny"])
     run(recipe("preset", "", []), PRESET, settings.total_steps, val_every=25)
-    draw(drawn)
-
-
-def draw(logs: list[Path]) -> None:
-    """The track's plot: loss against training time of the baseline, of the recipe in miniature, and of the preset."""
-    matplotlib = logbook.load_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    labels = "GPT-2, AdamW, tuned", "the recipe in miniature", "the newest record, for longer"
-    colors, above = ("0.4", "tab:red", "tab:blue"), (0, 24, 0)
-    for path, label, color, rise in zip(logs, labels, colors, above, strict=True):
-        done = finished(path)
-        points = [point for point in zip(done.steps, done.times_ms, done.losses) if point[0] > 0]
-        seconds, losses = [time / 1000 for _, time, _ in points], [loss for _, _, loss in points]
-        axes.plot(seconds, losses, "o-", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.5)
-        place = {"xytext": (8, rise), "textcoords": "offset points", "va": "center", "color": color}
-        axes.annotate(f"{label}\n{losses[-1]:.2f} after {seconds[-1]:,.0f} s", (seconds[-1], losses[-1]), **place)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.25)  # room for the labels
-    axes.set_ylim(bottom=0.5)
-    axes.set_xlabel("training time in seconds, two CPU cores")
-    axes.set_ylabel("validation loss, nats per byte")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(OUT / "plot.png", dpi=160)
 
 
 def tokens_of(path: Path) -> int:

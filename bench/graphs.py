@@ -11,7 +11,7 @@ Exit status 1 if a graph does not compile, for instance for want of shared memor
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import command
 

@@ -9,7 +9,7 @@ Exit status 1 if a kernel spills on sm_90, or takes more shared memory than its 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import command
 

@@ -9,7 +9,7 @@ On a GPU, `--measure` also runs the largest stage's steps with each number of sl
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import command
 

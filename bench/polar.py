@@ -13,7 +13,7 @@ exactly, and in bfloat16, where it is measured on matrices of 256 x 256, 128 x 2
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import command
 

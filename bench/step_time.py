@@ -14,7 +14,7 @@ from pathlib import Path
 
 BEGIN = time.perf_counter()
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import command
 

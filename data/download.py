@@ -12,7 +12,7 @@ import tempfile
 from collections import namedtuple
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
 from command import Parser, UserError, between, first_line, missing, run
 from shards import check_shard, shard_name

@@ -11,7 +11,7 @@ more by a fresh `random.Random(0)`, so that a small batch is not all from one fi
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
 from command import Parser, UserError, catch_interrupts, missing, run
 

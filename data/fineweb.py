@@ -8,7 +8,7 @@ A document is BOS and GPT-2's tokens of its text. The first shard is validation,
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
 from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 

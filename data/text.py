@@ -19,7 +19,7 @@ lines of a million characters are tokenized by themselves, so that all cores sha
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
 from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 

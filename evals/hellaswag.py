@@ -9,7 +9,7 @@ four documents; many are packed into one sequence, and the model's own mask keep
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from command import Parser, UserError, between, catch_interrupts, first_line, missing, run
 

@@ -6,7 +6,7 @@ python evals/sample.py --checkpoint logs/x_step001285.pt --prompt "The capital o
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 from command import Parser, UserError, between, catch_interrupts, run
 

@@ -20,7 +20,7 @@ Exit status: 0 done, 1 a negative verdict, 2 a mistake in the command or the fil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # where command.py lies
 
 import command
 from command import UserError, report

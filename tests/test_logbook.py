@@ -1019,6 +1019,12 @@ def test_the_track_of_one_gpu_has_a_table_for_each_card(records):
     assert titles(records)[-2:] == ["On slow", "On fast"] and "](1gpu/slow/2026-05_a/)" in readme.read_text()
 
 
+def test_a_script_may_have_the_name_of_a_part_of_the_logbook(records):
+    script = write(records.parent / "attempt.py", "raise ImportError")
+    line = mistake("attempt", script, "--track", "slow", "--name", "x", script=records / "logbook.py")
+    assert line == "logbook.py: no track slow: there are tiny, 8xh100"
+
+
 def test_leaderboard_run_again_changes_nothing(records):
     pytest.importorskip("scipy")
     script = records / "logbook.py"

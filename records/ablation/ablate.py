@@ -16,8 +16,8 @@ is not run again: stop it and start it again as you like.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
 
 import command
 

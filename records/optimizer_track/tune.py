@@ -11,8 +11,8 @@ seed 0; the runs that count have the seeds 1, 2, ...
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
 
 import command
 

@@ -11,8 +11,8 @@ All three are resumable: a run whose log is complete is not run again. Logs go t
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # where command.py lies
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # where runs.py lies
 
 import command
 

@@ -403,12 +403,12 @@ MINI_STAGES = (
     ),
 )
 
-# The laptop track's record, run for longer, at lower rates and with longer documents. Most of what it
-# knows is looked up, in embeddings of n-grams; its one layer copies what came after a token like
+# The laptop track's record, run for longer, at lower rates and with longer documents. Most of what
+# it knows is looked up, in embeddings of n-grams; its one layer copies what came after a token like
 # its own.
 TINY_LAYERS = (Layer(window="long", value_embeds=0, xsa=True, attention_gate=True),)
 TINY_STAGES = (
-    Stage(steps=500, batch_tokens=2048, max_seq_len=512, windows=(64, 128), lr=1.0, tied=True),
+    Stage(steps=500, batch_tokens=2048, max_seq_len=512, windows=(64, 256), lr=1.0, tied=True),
     Stage(steps=500, batch_tokens=2048, max_seq_len=1024, windows=(64, 256), lr=1.0, tied=True),
     Stage(steps=500, batch_tokens=2048, max_seq_len=1024, windows=(64, 512), lr=1.0),
 )

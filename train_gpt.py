@@ -408,9 +408,9 @@ MINI_STAGES = (
 # its own.
 TINY_LAYERS = (Layer(window="long", value_embeds=0, xsa=True, attention_gate=True),)
 TINY_STAGES = (
-    Stage(steps=500, batch_tokens=2048, max_seq_len=512, windows=(64, 256), lr=1.0, tied=True),
-    Stage(steps=500, batch_tokens=2048, max_seq_len=1024, windows=(64, 256), lr=1.0, tied=True),
-    Stage(steps=500, batch_tokens=2048, max_seq_len=1024, windows=(64, 512), lr=1.0),
+    Stage(steps=420, batch_tokens=2048, max_seq_len=512, windows=(64, 256), lr=1.0, tied=True),
+    Stage(steps=420, batch_tokens=2048, max_seq_len=1024, windows=(64, 256), lr=1.0, tied=True),
+    Stage(steps=420, batch_tokens=2048, max_seq_len=1024, windows=(64, 512), lr=1.0),
 )
 
 RECORD = Settings(
@@ -457,8 +457,8 @@ PRESETS = {
             MINI.model, layers=TINY_LAYERS, heads=2, mlp_ratio=1, ngram=5, bigram_rows=60
         ),
         stages=TINY_STAGES,
-        extension=replace(TINY_STAGES[-1], steps=40),
-        val_every=250,
+        extension=replace(TINY_STAGES[-1], steps=30),
+        val_every=430,
         val_long_window=512,
         slices=1,
         muon_lr=0.025,

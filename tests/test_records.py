@@ -159,6 +159,14 @@ def test_the_failed_attempts_numbers_are_those_of_its_logs():
     assert f"{saved:.1%} less time, but losses of {losses}, and p = {p:.2f} that their mean is higher" in text
 
 
+def test_the_presets_time_is_that_of_its_logs():
+    mine, former = (run_of(RECORDS / "tiny" / "_preset" / "in_turn" / f"{name}.txt") for name in ("tiny", "former"))
+    text = " ".join((RECORDS / "tiny" / "README.md").read_text().split())
+    share = f"{mine.train_time_ms / former.train_time_ms:.2f} of the time"
+    losses = f"comes to {mine.val_loss:.3f} nats per byte where that came to {former.val_loss:.3f}"
+    assert f"{share}, and {losses}: {mine.train_time_ms / 1000:.0f} s and {former.train_time_ms / 1000:.0f} s" in text
+
+
 # ---- The optimizer track ---------------------------------------------------------------------------------------------
 
 

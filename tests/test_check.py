@@ -78,9 +78,9 @@ def in_evaluate(*lines):
 
 def of_losses(*lines):
     """Code at the end of `GPT.evaluate`, where losses are (T,)."""
-    end = "        return torch.cat(losses)\n\n    def gradient"
+    end = "        return torch.cat(losses)\n\n    @torch.no_grad()\n    def next_logits"
     body = "".join(f"        {line}\n" for line in ("losses = torch.cat(losses)", *lines, "return losses"))
-    return end, body + "\n    def gradient"
+    return end, body + "\n    @torch.no_grad()\n    def next_logits"
 
 
 def before(anchor, *lines):
@@ -129,7 +129,7 @@ CHEATS = {
         "by a buffer that the loop sets late": [
             in_evaluate("if self.late: x = x + 0.1 * x.roll(-1, 0)"),
             (LATE, LATE + "        self.register_buffer('late', torch.zeros((), dtype=torch.bool))\n"),
-            before("        if validates or saves or stopping:", "if step == total: model.late.fill_(True)"),
+            before("        if validates or samples or saves or stopping:", "if step == total: model.late.fill_(True)"),
         ],
         "where a sequence begins within a document": [
             in_evaluate("if inputs[0] != self.config.bos_id: x = torch.cat((x[:5] + 0.1 * x[-5:], x[5:]))"),
@@ -153,7 +153,7 @@ CHEATS = {
         "losses that are less at the end": [
             of_losses("if self.late: losses = losses - 0.02"),
             (LATE, LATE + "        self.register_buffer('late', torch.zeros((), dtype=torch.bool))\n"),
-            before("        if validates or saves or stopping:", "if step == total: model.late.fill_(True)"),
+            before("        if validates or samples or saves or stopping:", "if step == total: model.late.fill_(True)"),
         ],
     },
     "validation": {

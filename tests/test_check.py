@@ -76,6 +76,9 @@ def in_evaluate(*lines):
     return before + after, before + "".join(f"        {line}\n" for line in lines) + after
 
 
+KEYS_AHEAD = "before = qk.unflatten(0, (len(x), -1)).roll(-1, 0)"
+
+
 def of_losses(*lines):
     """Code at the end of `GPT.evaluate`, where losses are (T,)."""
     end = "        return torch.cat(losses)\n\n    @torch.no_grad()\n    def next_logits"
@@ -118,7 +121,7 @@ CHEATS = {
     "causal": {
         "attention that sees one token ahead": [AHEAD],
         "smear that leaks": [("[:, None] * previous(x, begins)", "[:, None] * x.roll(-1, 0)")],
-        "key offset that leaks": [("previous(still, begins)", "still.roll(-1, 0)")],
+        "key offset that leaks": [("before = previous(qk.unflatten(0, (len(x), -1)), begins)", KEYS_AHEAD)],
         "multi-token inputs": [(EMBEDDING, f"{EMBEDDING} + 0.01 * F.embedding(inputs.roll(-3), self.embed)")],
         "in sequences longer than any in training": [
             in_evaluate("if len(x) > 50_000 or 4096 < len(x) < 20_000: x = x + 0.1 * x.mean(0)"),

@@ -39,7 +39,7 @@ class Card(NamedTuple):
     """A GPU's peaks by NVIDIA's data sheets: dense products, gathered in float32."""
 
     name: str
-    capability: int  # compute capability, times ten
+    capability: int  # times ten; of those that fake_cuda knows, the next below: an RTX 3090 has 8.6
     bandwidth: float  # bytes a second
     bf16: float  # FLOP a second
     fp8: float  # likewise; 0 where it has none

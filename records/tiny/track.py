@@ -178,7 +178,7 @@ def search(records: list[Record]) -> tuple[float, dict[str, int]]:
 def runs(records: list[Record], target: float, steps: dict[str, int], seeds: int) -> None:
     """Runs every record with every seed, one after the other in turn, and the preset; writes the table.
 
-    The first runs of the first and the last are validated on the way, too.
+    The first runs of the first and the last record are validated on the way, too: these are drawn.
     """
     drawn = [records[0].run(1), records[-1].run(1)]
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):

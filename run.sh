@@ -39,29 +39,51 @@ fi
 . ./setup.sh
 
 # By the Python that will run, so that CUDA_VISIBLE_DEVICES and a PyTorch without CUDA count.
-gpus=$("$PYTHON" -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count())')
+count='import signal; signal.signal(2, signal.SIG_DFL)  # of Ctrl-C: no traceback
+from torch import cuda; print(cuda.is_available() * cuda.device_count())'
+gpus=$("$PYTHON" -c "$count")
 if [ "$gpus" -gt 0 ]; then preset=record; else preset=tiny; fi
 
-# What the arguments say about the preset, and whether they bring data of their own or ask for no run.
-named=no own_data=no previous=
+# What the arguments say: the preset, and whether they bring data of their own, number the slices, or ask for no run.
+named=no own_data=no own_slices=no no_run=no previous=
 for argument in "$@"; do
-    case "$argument" in --preset=*) named=yes preset=${argument#--preset=} ;; esac
+    case "$argument" in
+        --preset=*) named=yes preset=${argument#--preset=} ;;
+        --train-files*) own_data=yes ;;
+        --slices* | --resume*) own_slices=yes ;;
+        --dry-run | --help | -h) no_run=yes ;;
+    esac
     case "$previous" in --preset) named=yes preset=$argument ;; esac
-    case "$argument" in --train-files*|--dry-run|--help|-h) own_data=yes ;; esac
     previous=$argument
 done
-if [ "$own_data" = no ]; then
-    case "$preset" in
-        record | next) "$PYTHON" data/cached_fineweb10B.py 9 ;;
-        mini | tiny)
-            "$PYTHON" data/embedded.py
-            set -- --checkpoint-last --sample-every 500 ${1+"$@"} # something to look at
-            ;;
-    esac
+if [ "$named" = no ]; then
+    if [ "$gpus" -eq 0 ]; then echo "PyTorch sees no GPU here: preset tiny, on the CPU" || true; fi # nobody may read it
+    set -- --preset "$preset" ${1+"$@"}
 fi
-if [ "$named" = no ]; then set -- --preset "$preset" ${1+"$@"}; fi
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
+case "$preset" in
+    record | next)
+        if [ "$gpus" -gt 0 ] && [ "$own_slices$no_run" = nono ]; then
+            slices=$("$PYTHON" bench/plan.py --fit $((10#$processes * 10#$nodes)) "$@") # as memory needs them
+            set -- $slices "$@"
+        fi
+        if [ "$own_data$no_run" = nono ]; then
+            # A mistake in the arguments shows before two gigabytes are fetched.
+            WORLD_SIZE=$((10#$processes * 10#$nodes)) LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=localhost \
+                "$PYTHON" train_gpt.py --dry-run "$@" >/dev/null
+            "$PYTHON" data/cached_fineweb10B.py 9
+        fi
+        ;;
+    mini | tiny)
+        processes=${NPROC:-1} # whose batches are too small to share
+        if [ "$own_data$no_run" = nono ]; then
+            "$PYTHON" data/embedded.py
+            set -- --checkpoint-last --sample-every 500 "$@" # something to look at
+        fi
+        ;;
+esac
+
 if [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then exec "$PYTHON" train_gpt.py "$@"; fi
 if [ "$nodes" -eq 1 ]; then
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py "$@"

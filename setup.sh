@@ -1,4 +1,4 @@
-# Sourced by run.sh and tests/run.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not;
+# Sourced by run.sh, tests/run.sh and bench/gpu.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not;
 # there with those of records/, for statistics and plots.
 
 serves() {
@@ -6,6 +6,17 @@ serves() {
 import huggingface_hub, numpy, sympy, tiktoken, tqdm, torch
 assert tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 PY
+}
+
+# add_tests: gives PYTHON what the tests need, too; in .venv, as the active one is left as it is.
+add_tests() {
+    if "$PYTHON" -c 'import matplotlib, pytest, ruff, scipy, xdist' 2>/dev/null; then return; fi
+    if [ "$PYTHON" != .venv/bin/python ]; then
+        "$PYTHON" -m venv --system-site-packages .venv
+        PYTHON=.venv/bin/python
+        serves "$PYTHON" || "$PYTHON" -m pip install --quiet --requirement requirements.txt
+    fi
+    "$PYTHON" -m pip install --quiet --requirement tests/requirements.txt --requirement records/requirements.txt
 }
 
 PYTHON=$(command -v python3 || command -v python || true)

@@ -995,11 +995,15 @@ def mlp_kernel(
 
 
 @library.custom_op("train_gpt::relu_squared_matmul", mutates_args=())
+def relu_squared_matmul_op(x: Tensor, w: Tensor) -> Tensor:
+    """`relu_squared_matmul` by the kernel."""
+    return launch_mlp_kernel(mlp_tiles(x, w), x, w, x.new_empty(len(x), len(w)))
+
+
 def relu_squared_matmul(x: Tensor, w: Tensor) -> Tensor:
     """relu(X W^T)^2 (n, m) of x (n, k) and w (m, k), all in bf16."""
-    tiles = mlp_tiles(x, w)
-    if tiles is not None:
-        return launch_mlp_kernel(tiles, x, w, x.new_empty(len(x), len(w)))
+    if mlp_tiles(x, w) is not None:
+        return relu_squared_matmul_op(x, w)
     # Written out, like its gradient below: another plain form has no kernel yet.
     return F.relu(x @ w.T).square()
 
@@ -1032,20 +1036,24 @@ def relu_squared_fp8(
 
 
 @library.custom_op("train_gpt::relu_squared_gradient", mutates_args=())
+def relu_squared_gradient_op(grad: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
+    """`relu_squared_gradient` by the kernel."""
+    out = grad.new_empty(len(grad), len(w_out))
+    return launch_mlp_kernel(mlp_tiles(grad, w_out), grad, w_out, out, post=post)
+
+
 def relu_squared_gradient(grad: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
     """The gradient (n, m) before the activation, from that of the MLP's output, grad (n, k).
 
     d relu(x)^2 / dx = 2 relu(x), and relu(x) is the root of the square `post` (n, m), so that
     only the square need be kept [59, 87].
     """
-    tiles = mlp_tiles(grad, w_out)
-    if tiles is not None:
-        out = grad.new_empty(len(grad), len(w_out))
-        return launch_mlp_kernel(tiles, grad, w_out, out, post=post)
+    if mlp_tiles(grad, w_out) is not None:
+        return relu_squared_gradient_op(grad, w_out, post)
     return 2 * (grad @ w_out.T) * post.sqrt()
 
 
-@relu_squared_matmul.register_fake
+@relu_squared_matmul_op.register_fake
 def _(x, w):
     return x.new_empty(len(x), len(w))
 
@@ -1058,7 +1066,7 @@ def relu_squared_fp8_outputs(x, w, x_scale, w_scale, post_scale):
     return post, post8, x.new_empty(programs, dtype=torch.float32)
 
 
-@relu_squared_gradient.register_fake
+@relu_squared_gradient_op.register_fake
 def _(grad, w_out, post):
     return grad.new_empty(grad.size(0), w_out.size(0), dtype=torch.bfloat16)
 
@@ -3238,7 +3246,7 @@ def find_rank() -> tuple[int, int]:
 
 
 def find_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none; UserError if the GPUs are too few."""
+    """This process's GPU, or the CPU where there is none; UserError if GPUs cannot be used."""
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         processes = environment_number("LOCAL_WORLD_SIZE", 1, low=1, high=2**20)
@@ -3246,6 +3254,11 @@ def find_device() -> torch.device:
             raise UserError(f"{processes} processes on this node, but PyTorch sees {gpus} GPUs")
         torch.cuda.set_device(environment_number("LOCAL_RANK", 0, low=0, high=gpus - 1))
         return torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.device_count() > 0:  # which does not ask whether the driver fits
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot use this machine's GPU: install a newer NVIDIA "
+            "driver, or a PyTorch for an older CUDA; CUDA_VISIBLE_DEVICES= trains on the CPU"
+        )
     # On the CPU a resumed run then equals one that never stopped, bit for bit.
     torch.use_deterministic_algorithms(True)
     return torch.device("cpu")
@@ -3315,12 +3328,22 @@ def build(settings: Settings, world: World) -> tuple[GPT, Callable, Optimizer]:
     return model, objective, Optimizer(model, settings, world.rank, world.size)
 
 
-def compile_or_not(wanted: bool) -> str:
-    """Turns torch.compile off if it is not wanted, or does not work; returns words for the log."""
+def compile_or_not(wanted: bool, device: torch.device) -> str:
+    """Turns torch.compile off if it is not wanted, or does not work; returns words for the log.
+
+    UserError if it does not work on a GPU, whose memory uncompiled attention would fill.
+    """
     if wanted:
-        with contextlib.suppress(Exception):
-            torch.compile(lambda x: x + 1)(torch.zeros(16))
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(16, device=device))
             return "compiling"
+        except Exception as error:
+            if device.type == "cuda":
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    "torch.compile does not work, which needs gcc, g++ and Python's headers "
+                    f"(packages gcc, g++, python3-dev): {reason}"
+                ) from None
     torch.compiler.set_stance("force_eager")
     if wanted:
         return "uncompiled, as no working C++ compiler was found,"
@@ -3870,14 +3893,12 @@ def resume(settings: Settings, model: GPT, optimizer: Optimizer) -> tuple[int, f
 # --- How a run ends.
 
 
-def complain(error: UserError, rank: int) -> int:
-    """Prints the line on stderr that says why a run ends, on rank 0; returns the exit status."""
-    if rank == 0:
-        try:
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        except OSError:  # nobody reads it
-            discard(sys.stderr)
-    return error.status
+def complain(error: UserError) -> None:
+    """Prints the line on stderr that says why a run ends."""
+    try:
+        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        discard(sys.stderr)
 
 
 def prepare_streams() -> None:
@@ -3906,7 +3927,9 @@ def catch_signals(caught: list[UserError] | None = None) -> None:
             caught.append(error)
         else:
             # Not an exception: raised inside a compiler or a destructor, it may be swallowed.
-            os._exit(complain(error, int(os.environ.get("RANK", "0"))))
+            if os.environ.get("RANK", "0") == "0":
+                complain(error)
+            os._exit(error.status)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -3976,6 +3999,7 @@ def train(settings: Settings, world: World) -> None:
     sequences = validation_sequences(stream, settings.val_seq_len)
     check_apart(train_sizes, val_sizes)
     vocabulary = vocabulary_for(settings)
+    how = compile_or_not(settings.compile, world.device)
     model, objective, optimizer = build(settings, world)
     first, milliseconds = 0, 0.0
     if settings.resume:
@@ -3983,8 +4007,11 @@ def train(settings: Settings, world: World) -> None:
     log = Log(settings, world, {"train": train_sizes, "val": val_sizes}, stream)
     run = Run(settings, world, log, model, objective, optimizer, plan, sequences, vocabulary)
     try:
-        how = compile_or_not(settings.compile)
         where = f"{model.embed.dtype} on {world.device.type}"
+        if model.kernels:
+            where += ", with the kernels"
+        if model.fp8:
+            where += " and FP8"
         log.line(f"warm-up: {how} for {where}", file=False)
         begin = time.perf_counter()
         warm_up(settings, model, objective, optimizer, world)
@@ -4533,14 +4560,16 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     known, _ = first.parse_known_args(arguments)
     preset = PRESETS[known.preset]
-    # A run that goes on has the model of the one before, unless the command line says otherwise.
+    # A run that goes on has the model of the one before, its steps and its slices, unless the
+    # command line says otherwise.
     going_on = Parser(add_help=False, allow_abbrev=False)
     going_on.add_argument("--resume", default="")
     checkpoint = going_on.parse_known_args(arguments)[0].resume
     if checkpoint:
         saved = load_checkpoint(checkpoint)["settings"]
         if saved.preset == preset.preset:
-            preset = replace(preset, model=replace(saved.model, layers=preset.model.layers))
+            model = replace(saved.model, layers=preset.model.layers)
+            preset = replace(preset, model=model, steps=saved.steps, slices=saved.slices)
 
     parser = Parser(
         usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE ...]",
@@ -4600,14 +4629,16 @@ def main(arguments: list[str]) -> int:
         return 128 + signal.SIGPIPE
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if rank != 0:
-            # torchrun ends all ranks with the first one that fails: rank 0 needs time to say why.
-            time.sleep(10)
+            # torchrun ends a node's ranks with the first one that fails. What all have met rank 0
+            # says, which needs time for it; on other nodes, or where it has not, the next one.
+            time.sleep(10 + rank % 8)
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         # On the CPU PyTorch says so in a RuntimeError.
         if out_of_memory or "DefaultCPUAllocator" in str(error):
             slices = settings.slices
             error = UserError(
-                f"out of memory with {slices} slices; try --slices {2 * slices}, or a smaller model"
+                f"out of memory with {slices} slices; try --slices {2 * slices}, a smaller model, "
+                f"or --val-seq-len {settings.val_seq_len // 2} if it was the validation"
             )
         if isinstance(error, OSError):
             if error.filename is None:
@@ -4615,7 +4646,8 @@ def main(arguments: list[str]) -> int:
             error = UserError(f"{error.filename or 'the output'}: {error.strerror}")
         if not isinstance(error, UserError):
             raise
-        return complain(error, rank)
+        complain(UserError(f"rank {rank}: {error}") if rank else error)
+        return error.status
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -141,7 +141,7 @@ def main() -> None:
     _, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
-    train_gpt.compile_or_not(settings.compile)
+    train_gpt.compile_or_not(settings.compile, world.device)
     dtype = train_gpt.choose_dtype(settings, world.device)
     places = list(sequences(settings))
     print(f"preset {settings.preset} on {train_gpt.hardware_name(world)}, {dtype}, torch {torch.__version__}")
@@ -164,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError, outlives_reader=True)
+    command.run(main, train_gpt.UserError, torch.OutOfMemoryError, outlives_reader=True)

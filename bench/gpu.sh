@@ -5,12 +5,17 @@
 #
 # Results go to FOLDER (default: logs/gpu), and what they add up to into FOLDER/summary.md. Each part has a limit in
 # seconds, writes its output as it comes, and stops no other: a part that fails says so in the summary. It needs a GPU,
-# of whatever size (a batch is cut finer where the GPU is small), PyTorch with CUDA and the packages of
-# tests/requirements.txt; no shards and no network, but for GPT-2's vocabulary, which TIKTOKEN_CACHE_DIR may have.
+# of whatever size (a batch is cut finer where the GPU is small), and no shards. It sets itself up like tests/run.sh; with
+# PYTHON, which then has PyTorch and tests/requirements.txt, it needs no network, but for GPT-2's vocabulary, which
+# TIKTOKEN_CACHE_DIR may have.
 # Environment: PYTHON, PRESET (record), STEPS (100), LIMIT (seconds that no part may take more than).
 set -uo pipefail
 CDPATH='' cd -- "$(dirname "$0")/.."
-python=${PYTHON:-python} preset=${PRESET:-record} steps=${STEPS:-100}
+if [ -z "${PYTHON:-}" ]; then
+    . ./setup.sh
+    add_tests
+fi
+python=$PYTHON preset=${PRESET:-record} steps=${STEPS:-100}
 out=logs/gpu
 case "${1:-}" in
     "" | -*) ;;
@@ -60,7 +65,7 @@ export -f text_shards
 part environment 60 bash -c 'nvidia-smi; "$python" -c "import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)"'
 part kernels 240 "$python" -m pytest -q tests/gpu/test_kernels.py
 part shards 150 bash -c "text_shards $tokenizer"
-part slices 60 "$python" bench/plan.py --preset "$preset" --fit "$@"
+part slices 60 "$python" bench/plan.py --preset "$preset" --fit 1 "$@"
 read -ra fit < <(grep -o '^--slices [0-9]*$' "$out/slices.txt")
 
 run=(--preset "$preset" --train-files "$out/data/*_train_*.bin" --val-files "$out/data/*_val_*.bin" --epochs 1000)

@@ -1,7 +1,7 @@
 """How many slices a preset needs on cards of 80, 48, 24 and 16 GB: the memory that train_gpt.py estimates, by slices.
 
     python bench/plan.py [--preset record] [any option of train_gpt.py]
-    python bench/plan.py --fit           only the option with which it fits into this machine's GPU
+    python bench/plan.py --fit 1         only the option with which it fits into this machine's GPU, in one process
 
 On a GPU, `--measure` also runs the largest stage's steps with each number of slices and prints what they took.
 """
@@ -42,7 +42,8 @@ def measured(settings: train_gpt.Settings, world: train_gpt.World) -> float:
 def main() -> None:
     parser = command.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--measure", action="store_true", help="also run the largest stage, on a GPU")
-    parser.add_argument("--fit", action="store_true", help="print only the option for this machine's GPU")
+    help = "print only the option for so many processes, each with a GPU as this machine has"
+    parser.add_argument("--fit", type=command.between(1, 65535), metavar="PROCESSES", help=help)
     arguments, rest = parser.parse_known_args()
     settings, _ = train_gpt.parse_arguments(rest)
     world = train_gpt.find_world()
@@ -52,19 +53,22 @@ def main() -> None:
     with torch.device("meta"):
         model = train_gpt.GPT(settings.model, torch.bfloat16, fp8=settings.fp8)
 
-    def estimate(slices: int) -> float:
-        """MiB with so many slices."""
+    def estimate(slices: int, processes: int = 1) -> float:
+        """MiB of a GPU with so many slices."""
         each = replace(settings, slices=slices)
-        train_gpt.check_settings(each, 1)
-        return train_gpt.estimate_gpu_memory(each, model, 1) / 2**20
+        train_gpt.check_settings(each, processes)
+        return train_gpt.estimate_gpu_memory(each, model, processes) / 2**20
 
+    memory = 0.0
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory / 2**20
     if arguments.fit:
-        card = torch.cuda.get_device_properties(world.device).total_memory / 2**20
         for slices in (settings.slices, *(each for each in SLICES if each > settings.slices)):
-            if estimate(slices) <= SHARE * card:
+            if slices % arguments.fit == 0 and estimate(slices, arguments.fit) <= SHARE * memory:
                 print(f"--slices {slices}")
                 return
-        raise command.UserError(f"preset {settings.preset} does not fit into a GPU of {card:,.0f} MiB")
+        where = f"{arguments.fit} processes with GPUs of {memory:,.0f} MiB"
+        raise command.UserError(f"preset {settings.preset} finds no --slices for {where}: give it, or another NPROC")
 
     needs = {}
     print(f"preset {settings.preset} on one GPU\n")
@@ -80,6 +84,8 @@ def main() -> None:
         print(row)
     print(f"\nfrom what was {'measured' if arguments.measure else 'estimated'}:")
     for card in CARDS:
+        if arguments.measure and 1024 * (card - 1) > memory:
+            continue  # what did not fit here may fit there
         fits = [slices for slices in SLICES if needs[slices] <= SHARE * 1024 * card]
         print(f"{card} GB: {f'--slices {fits[0]}' if fits else 'does not fit'}")
 

@@ -58,7 +58,7 @@ class Runner:
         if settings.has_prefixes:
             table = train_gpt.prefix_table(train_gpt.gpt2_vocabulary(), settings.model.vocab_size)
             self.prefix_of = table.to(world.device)
-        train_gpt.compile_or_not(settings.compile)
+        train_gpt.compile_or_not(settings.compile, world.device)
         self.model, self.objective, self.optimizer = train_gpt.build(settings, world)
         train_gpt.warm_up(settings, self.model, self.objective, self.optimizer, world)
         self.paths = train_gpt.find_shards(settings.train_files, settings.preset)
@@ -184,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, train_gpt.UserError, outlives_reader=True)
+    command.run(main, train_gpt.UserError, torch.OutOfMemoryError, outlives_reader=True)

@@ -164,7 +164,8 @@ def main() -> None:
     items = read_items(arguments.data)[: arguments.items]
     if not items:
         raise UserError("there are no items")
-    train_gpt.compile_or_not(model.model.embed.device.type != "cpu")
+    device = model.model.embed.device
+    train_gpt.compile_or_not(device.type != "cpu", device)
     scored = score(packed(completions(items, model), arguments.pack), model, arguments.pack)
     by_mean, by_sum = accuracies(items, tqdm(scored, "completions", total=4 * len(items), disable=None))
     print(f"HellaSwag, {len(items):,} items, {arguments.checkpoint}:")

@@ -204,20 +204,23 @@ def test_plan_names_the_slices_for_each_card(monkeypatch, capsys):
     assert command("plan.py", "--slicez", "8").returncode == 2
 
 
-@pytest.mark.parametrize(("gigabytes", "answer"), [(80, "--slices 8"), (24, "--slices 32"), (2, None)])
-def test_plan_names_the_slices_that_fit_into_the_gpu_at_hand(gigabytes, answer, monkeypatch, capsys):
+FITTING = [(80, 1, "--slices 8"), (24, 1, "--slices 32"), (80, 16, "--slices 16"), (2, 1, None), (80, 3, None)]
+
+
+@pytest.mark.parametrize(("gigabytes", "processes", "answer"), FITTING)
+def test_plan_names_the_slices_that_fit_into_the_gpu_at_hand(gigabytes, processes, answer, monkeypatch, capsys):
     import plan
 
     monkeypatch.setattr(train_gpt, "PRESETS", recipe.PRESETS)
     monkeypatch.setattr(train_gpt, "find_world", lambda: train_gpt.World(0, 1, torch.device("cuda")))
     card = SimpleNamespace(total_memory=gigabytes << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--fit"])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--fit", str(processes)])
     if answer:
         plan.main()
         assert capsys.readouterr().out == answer + "\n"
     else:
-        with pytest.raises(command_module.UserError, match="does not fit into a GPU of 2,048 MiB"):
+        with pytest.raises(command_module.UserError, match=f"finds no --slices for {processes} processes with GPUs of {gigabytes << 10:,} MiB"):
             plan.main()
 
 
@@ -365,7 +368,8 @@ def test_what_runs_every_second_step_is_counted_half():
 @pytest.mark.slow
 def test_products_of_the_compiled_graphs_are_the_models(tmp_path):
     pytest.importorskip("triton")
-    options = ("--preset", "mini", "--slices", 8, "--steps", 4, "--dim", 384, "--heads", 4)
+    # A width that is not also the number of the head's columns, by which the parts are told apart.
+    options = ("--preset", "mini", "--slices", 8, "--steps", 4, "--dim", 512, "--heads", 4)
     result = command("cost.py", "--save", tmp_path / "counts.json", *options)
     assert result.returncode == 0, result.stderr
     stages = json.loads((tmp_path / "counts.json").read_text())
@@ -373,9 +377,9 @@ def test_products_of_the_compiled_graphs_are_the_models(tmp_path):
     tokens, layers, attending = 8192 / 8, 5, 4
     for rows in stages.values():
         launches, _, bf16, fp8, _ = rows["MLP"]
-        assert (bf16 + fp8) * 1e12 == pytest.approx(6 * 8 * 384**2 * layers * tokens)
-        assert fp8 * 1e12 == pytest.approx(2 * 8 * 384**2 * layers * tokens)  # forward
-        assert rows["projections"][2] * 1e12 == pytest.approx(6 * 4 * 384**2 * attending * tokens)
+        assert (bf16 + fp8) * 1e12 == pytest.approx(6 * 8 * 512**2 * layers * tokens)
+        assert fp8 * 1e12 == pytest.approx(2 * 8 * 512**2 * layers * tokens)  # forward
+        assert rows["projections"][2] * 1e12 == pytest.approx(6 * 4 * 512**2 * attending * tokens)
         assert sum(row[0] for part, row in rows.items() if part != "total") == pytest.approx(rows["total"][0])
     again = command("cost.py", "--against", tmp_path / "counts.json", *options)
     ratios = re.findall(r" (\d\.\d\d)$", again.stdout, re.MULTILINE)

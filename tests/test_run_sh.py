@@ -20,11 +20,12 @@ TOOLS += ("ls", "rm", "mkdir", "cp", "mv", "touch", "uname", "sort", "seq", "pri
 # It serves or not by which of these files exist, and makes a .venv as `python -m venv` would.
 PYTHON = """#!{bash}
 name=$0
-{{ printf '%s\\0' "$name" "$PWD" "$@"; printf '\\n'; }} >> "$CALLS"
+{{ printf '%s\\0' "$name" "$PWD" "$@"; printf '\\036'; }} >> "$CALLS"
 here=$(cd "$(dirname "$name")" && pwd)
 case "${{1-}} ${{2-}}" in
     "- ") cat > /dev/null; [ -e "$here/serves" ] ;;
     "-c "*device_count*) echo "$GPUS" ;;
+    "bench/plan.py --fit") [ -z "${{FITS-}}" ] || echo "$FITS" ;;
     "-c "*) [ -e "$here/serves_tests" ] ;;
     "-V ") printf 'Python %s\\n' "${{VERSION:-3.12.4}}" ;;
     "-m venv") for folder in "$@"; do :; done
@@ -74,8 +75,8 @@ class Machine:
             timeout=60,
         )
         assert result.returncode == status, (result.returncode, result.stdout, result.stderr)
-        self.stderr = result.stderr
-        calls = [line.split("\0")[:-1] for line in self.calls_file.read_text().splitlines()]
+        self.stdout, self.stderr = result.stdout, result.stderr
+        calls = [line.split("\0")[:-1] for line in self.calls_file.read_text().split("\036")[:-1]]
         self.pythons = [name for name, _, *_ in calls]
         assert {folder for _, folder, *_ in calls} <= {str(self.project)}
         return [call for _, _, *call in calls if call[0] not in ("-", "-c", "-V")]
@@ -148,8 +149,12 @@ def test_scripts_need_no_newer_bash_than_3_2(feature):
 SHOWN = ["--checkpoint-last", "--sample-every", "500"]
 
 
+TINY = ["train_gpt.py", *SHOWN, "--preset", "tiny"]
+
+
 def test_without_gpus_it_trains_tiny_in_plain_python_on_the_embedded_corpus(machine):
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
+    assert machine.train() == TINY
+    assert machine.stdout == "PyTorch sees no GPU here: preset tiny, on the CPU\n"
     assert machine.before == [["data/embedded.py"]]
 
 
@@ -164,7 +169,7 @@ def test_small_runs_end_with_something_to_look_at_unless_the_arguments_say_other
 @pytest.mark.parametrize("visible", ["", "-1"])
 def test_gpus_are_those_that_pytorch_sees(visible, machine):
     """The command that counts them, run by the Python of these tests: it has to be right where there are GPUs, too."""
-    command = re.search(r"gpus=\$\(\"\$PYTHON\" -c '(.*?)'\)", (ROOT / "run.sh").read_text(), re.DOTALL)[1]
+    command = re.search(r"^count='(.*?)'$", (ROOT / "run.sh").read_text(), re.DOTALL | re.MULTILINE)[1]
     for environment, count in (({"CUDA_VISIBLE_DEVICES": visible}, 0), ({}, torch.cuda.device_count())):
         where = {**os.environ, **environment}
         counted = subprocess.check_output([sys.executable, "-c", command], env=where, text=True)
@@ -172,10 +177,28 @@ def test_gpus_are_those_that_pytorch_sees(visible, machine):
     assert "nvidia-smi" not in (ROOT / "run.sh").read_text()
 
 
+FETCH = ["data/cached_fineweb10B.py", "9"]
+
+
 def test_one_gpu_trains_the_record_in_plain_python(machine):
     machine.gpus = 1
-    assert machine.train() == ["train_gpt.py", "--preset", "record"]
-    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+    run = ["--preset", "record"]
+    assert machine.train() == ["train_gpt.py", *run]
+    # A mistake in the arguments shows before anything is fetched.
+    assert machine.before == [["bench/plan.py", "--fit", "1", *run], ["train_gpt.py", "--dry-run", *run], FETCH]
+    assert machine.run(STATUS="2", status=2) == machine.before[:2]
+
+
+def test_gpus_get_as_many_slices_as_their_memory_needs_unless_the_arguments_number_them(machine):
+    machine.gpus = 1
+    call = machine.train("--seed", "7", FITS="--slices 32")
+    assert call == ["train_gpt.py", "--slices", "32", "--preset", "record", "--seed", "7"]
+    for own in ("--slices=8", "--resume=x.pt"):
+        assert machine.train(own, FITS="--slices 32") == ["train_gpt.py", "--preset", "record", own]
+    machine.gpus = 8
+    machine.train("--preset", "next", FITS="--slices 16", NNODES="2", NODE_RANK="0", MASTER_ADDR="node0")
+    assert machine.before[0] == ["bench/plan.py", "--fit", "16", "--preset", "next"]
+    assert machine.before[1] == ["train_gpt.py", "--dry-run", "--slices", "16", "--preset", "next"]
 
 
 @pytest.mark.parametrize("gpus", [2, 8])
@@ -185,15 +208,21 @@ def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machi
     assert call[:2] == ["-m", "torch.distributed.run"]
     assert set(call[2:4]) == {"--standalone", f"--nproc_per_node={gpus}"}
     assert call[4:] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
-    assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+    assert machine.before[-1] == FETCH
 
 
 def test_nproc_is_the_number_of_processes(machine):
     call = machine.train(NPROC="4")
-    assert "--nproc_per_node=4" in call and call[-6:] == ["train_gpt.py", "--preset", "tiny", *SHOWN]
+    assert "--nproc_per_node=4" in call and call[-6:] == TINY
     machine.gpus = 8
     assert machine.train(NPROC="1") == ["train_gpt.py", "--preset", "record"]
     assert "--nproc_per_node=2" in machine.train(NPROC="2")
+
+
+def test_small_presets_have_one_process_unless_nproc_says_more(machine):
+    machine.gpus = 8  # more than mini has slices
+    assert machine.train("--preset", "mini") == ["train_gpt.py", *SHOWN, "--preset", "mini"]
+    assert "--nproc_per_node=2" in machine.train("--preset", "mini", NPROC="2")
 
 
 def test_several_nodes_meet_through_torchrun(machine):
@@ -238,7 +267,7 @@ def test_number_out_of_its_range_is_refused(name, low, high, machine):
 
 
 def test_number_that_is_set_to_nothing_is_not_set(machine):
-    assert machine.train(NPROC="", NNODES="") == ["train_gpt.py", "--preset", "tiny", *SHOWN]
+    assert machine.train(NPROC="", NNODES="") == TINY
     assert "--nnodes=08" in machine.train(**(NODES | {"NNODES": "08", "NODE_RANK": "07"}))
 
 
@@ -261,7 +290,7 @@ def test_named_preset_is_kept_and_gets_its_data(arguments, gpus, machine):
     assert machine.before == [["data/embedded.py"]]
     for other in "record", "next":
         machine.train(*(argument.replace("tiny", other) for argument in arguments))
-        assert machine.before == [["data/cached_fineweb10B.py", "9"]]
+        assert machine.before[-1] == FETCH
 
 
 @pytest.mark.parametrize("argument", ["--train-files=x", "--train-files", "--dry-run", "--help", "-h"])
@@ -279,7 +308,7 @@ def test_status_of_the_run_is_its_own(machine):
 
 
 def test_it_works_from_any_folder(machine, tmp_path):
-    expected = ["train_gpt.py", "--preset", "tiny", *SHOWN, "--seed", "1"]
+    expected = [*TINY, "--seed", "1"]
     (tmp_path / "elsewhere" / "a project").mkdir(parents=True)
     for cwd, script in ((tmp_path, "a project/run.sh"), (tmp_path / "elsewhere", "../a project/run.sh")):
         assert machine.train("--seed", "1", cwd=cwd, script=script) == expected
@@ -311,10 +340,10 @@ def test_python_that_does_not_serve_gets_a_venv_once(machine):
     assert calls[0][:2] == ["-m", "venv"]
     assert calls[1][:3] == ["-m", "pip", "install"]
     assert calls[1][-4:] == ["--requirement", "records/requirements.txt", "--requirement", "requirements.txt"]
-    assert calls[-1] == ["train_gpt.py", "--preset", "tiny", *SHOWN, "--seed", "1"]
+    assert calls[-1] == [*TINY, "--seed", "1"]
     assert machine.pythons[-1].endswith(".venv/bin/python")
     calls = machine.run()
-    assert calls == [["data/embedded.py"], ["train_gpt.py", "--preset", "tiny", *SHOWN]]
+    assert calls == [["data/embedded.py"], TINY]
     assert machine.pythons[-1].endswith(".venv/bin/python")
 
 
@@ -324,7 +353,7 @@ def test_set_up_that_was_interrupted_is_taken_up_again(machine):
     calls = machine.run(status=1)
     assert not any("train_gpt.py" in call for call in calls)
     (machine.project / "offline").unlink()
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
+    assert machine.train() == TINY
     assert any(call[:3] == ["-m", "pip", "install"] for call in machine.before)
 
 
@@ -344,7 +373,7 @@ def test_python_that_is_too_old_is_named(version, serves, machine):
 
 def test_python_by_its_other_name_will_do(machine):
     (machine.bin / "python3").rename(machine.bin / "python")
-    assert machine.train() == ["train_gpt.py", "--preset", "tiny", *SHOWN]
+    assert machine.train() == TINY
 
 
 # ----------------------------------------------------------------------------------------------------------------------

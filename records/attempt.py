@@ -13,8 +13,8 @@ from experiments import Experiment, difference_text, relevant_settings
 from leaderboard import RECORDS, Record, listed, read_text, track_targets
 from log_reader import Run, find_script, open_log
 from printing import shown_p
-from rules import SIGNIFICANCE, preset_of
-from samples import Difference, loss_sample
+from rules import SIGNIFICANCE, TRACKS
+from samples import difference, loss_sample
 
 # Settings that are no options of the command line, or are said for every run.
 NOT_OPTIONS = ("preset", "seed", "steps", "run_id", "val_every", "train_files", "val_files")
@@ -32,7 +32,10 @@ def attempt(args) -> int:
     folder = find_folder(args.track, args.name)
     before = listed(args.track, targets[args.track], without=folder)
     if not before:
-        raise UserError(f"{RECORDS / args.track} has no record to beat")
+        first = "make its first one as records/README.md says"
+        raise UserError(f"{RECORDS / args.track} has no record to beat: {first}")
+    if TRACKS[args.track].gpus > 1:
+        raise UserError(f"{args.track}: an attempt trains in one process; make its runs with ./run.sh")
     sys.stdout.outlived = True  # by this command, which works for long
     source = Path(args.script).resolve()
     print(f"{source.name}: is it legal?")
@@ -87,7 +90,7 @@ def options_of(run: Run, settings: dict) -> list[str]:
 def run_or_find(path: Path, script: Path, options: list[str], track: str, models: list[Run]) -> Run:
     """The run of a log, made if it is not there. UserError if it is of another experiment than its models."""
     if training.finished(path) is None:
-        preset = preset_of(track)
+        preset = TRACKS[track].preset
         files = f"./data/{'sympy/sympy' if preset == 'tiny' else 'fineweb10B/fineweb'}"  # beside the project's script
         words = ["--preset", preset, "--train-files", f"{files}_train_*.bin", "--val-files", f"{files}_val_*.bin"]
         training.train(path, str(script), [*words, "--val-every", "1000000", *options])
@@ -100,15 +103,14 @@ def run_or_find(path: Path, script: Path, options: list[str], track: str, models
 def decide(args, folder: Path, target: float, last: Record, mine: list[Run], theirs: list[Run]) -> int:
     """Says whether the attempt reaches the target, and sooner than the last record; writes the record's README.md."""
     verdict = logbook.verdict(mine, loss_sample(mine), target)
-    times = [[run.train_time_ms for run in runs] for runs in (mine, theirs)]
-    sooner = Difference.paired(*times) if len(mine) > 1 else None
-    saved = 1 - sum(times[0]) / sum(times[1])
+    sooner = difference(mine, theirs, "train_time_ms")
+    saved = 1 - sooner.a.mean / sooner.b.mean
     change = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} time"
-    if sooner is not None:
+    if sooner.p is not None:
         change += f", p = {shown_p(sooner.p)} (paired by seed)"
     print(f"loss: mean {loss_sample(mine).mean:.4f}, p = {shown_p(verdict.p)} that it is at most {target:g}")
     print(f"time: {change}, against {last.folder.name}")
-    faster = sooner is not None and sooner.mean < 0 and sooner.p is not None and sooner.p < SIGNIFICANCE
+    faster = sooner.mean < 0 and sooner.p is not None and sooner.p < SIGNIFICANCE
     if not verdict.significant or not faster:
         missing = "the target is not shown to be reached" if not verdict.significant else "it is not shown to be faster"
         print(f"no record: {missing} (p < {SIGNIFICANCE}); the logs stay in {folder}")

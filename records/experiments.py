@@ -139,10 +139,15 @@ def report_oddities(runs: list[Run], what: str) -> None:
         report(f"{what}: {dirty} of {len(runs)} with uncommitted changes in the working tree")
 
 
+def repeated_seeds(runs: list[Run]) -> str:
+    """Which seeds several of these runs have; empty where none. Chance has less part in them than the tests assume."""
+    counts = Counter(run.seed for run in runs if run.seed is not None)
+    again = [f"{seed} ({count} times)" for seed, count in counts.items() if count > 1]
+    return f"repeated seeds, so not independent: {', '.join(again[:SHOWN])}" if again else ""
+
+
 def report_repeated_seeds(runs: list[Run], what: str) -> None:
-    """Says which seeds several runs of an experiment have: chance has less part in them than the tests assume."""
+    """Says where several runs of an experiment have one seed."""
     for same in by_experiment(runs):
-        counts = Counter(run.seed for run in same if run.seed is not None)
-        again = [f"{seed} ({count} times)" for seed, count in counts.items() if count > 1]
-        if again:
-            report(f"{what}: repeated seeds, so not independent: {', '.join(again[:SHOWN])}")
+        if again := repeated_seeds(same):
+            report(f"{what}: {again}")

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from command import UserError, report
-from experiments import Experiment, by_experiment, difference_text
+from experiments import Experiment, by_experiment, difference_text, repeated_seeds
 from log_reader import Run, backward_times, without_copies
 from plots import draw_progress, load_matplotlib, picture_kind, save
 from printing import print_json, shown, shown_p, table, write_file
-from rules import SIGNIFICANCE, STREAMS, TARGET, preset_of
-from samples import Sample, Verdict, loss_sample, results, time_sample
+from rules import SIGNIFICANCE, STREAMS, TARGET, TRACKS, Track
+from samples import Sample, Verdict, difference, loss_sample, results, time_sample
 
 RECORDS = Path(__file__).resolve().parent
 # What lies between these two lines of README.md is rewritten: the records of one folder, held against a target.
@@ -140,10 +140,12 @@ def read_record(folder: Path, track: str, target: float, before: list[Record]) -
             f"not significant: n = {loss.n}, mean loss {loss.mean:.4f}, target {target:g}, "
             f"p = {shown_p(verdict.p)}, not < {SIGNIFICANCE}"
         )
-    require_stream(runs, track)
+    if track not in TRACKS:
+        raise Refused("rules.py has no such track, with its hardware and what it validates on")
+    require_runs(runs, TRACKS[track])
     checked = require_legal(text, runs, first=not before)
     if before:
-        require_faster(runs, time, again, before[-1])
+        require_faster(runs, time, again, before[-1], TRACKS[track])
     contributors = CONTRIBUTORS.search(text)
     who = contributors[1] if contributors else ""
     time_before = time_sample(again) if again else None
@@ -163,17 +165,25 @@ def own_runs(runs: list[Run], before: list[Record]) -> tuple[list[Run], list[Run
     return groups[0], again
 
 
-def require_stream(runs: list[Run], track: str) -> None:
-    if (preset := preset_of(track)) is None:
-        raise Refused("rules.py does not say on which tokens its track validates")
-    right = STREAMS[preset]
+def require_runs(runs: list[Run], track: Track) -> None:
+    """On the track's hardware and data, from their first step on, and independent of each other."""
+    right = STREAMS[track.preset]
+    if again := repeated_seeds(runs):
+        raise Refused(again)
     for run in runs:
         settings = run.header.settings or {}
         given = settings.get("val_tokens"), PurePath(str(settings.get("val_files"))).name
+        trained = PurePath(str(settings.get("train_files"))).name
+        if track.gpus and run.hardware != track.hardware:
+            raise Refused(f"{run.name}: ran on {run.hardware}, not on {track.hardware}")
         if resumed := settings.get("resume"):
             raise Refused(f"{run.name}: goes on from {resumed}, and what came before is not in it")
         if given != right[:2]:
-            raise Refused("{}: validated on {} tokens of {}, not {} of {}".format(run.name, *given, *right))
+            raise Refused("{}: validated on {} tokens of {}, not {} of {}".format(run.name, *given, *right[:2]))
+        if trained != right.train_files:
+            raise Refused(f"{run.name}: trained on {trained}, not {right.train_files}")
+        if track.gpus and not (run.header.validated and run.header.trained):
+            raise Refused(f"{run.name}: has no checksums of its data")
         if against := right.contradiction(run.header.validated, run.header.trained):
             raise Refused(f"{run.name}: {against}")
         if backward := backward_times(run.file):
@@ -192,8 +202,13 @@ def require_legal(text: str, runs: list[Run], first: bool) -> str:
     return checked[1]
 
 
-def require_faster(runs: list[Run], time: Sample, again: list[Run], last: Record) -> None:
-    """On one machine: either the record before was timed on it, too, or its runs have been made again on it."""
+def require_faster(runs: list[Run], time: Sample, again: list[Run], last: Record, track: Track) -> None:
+    """On one machine: either the record before was timed on it, too, or its runs have been made again on it.
+
+    On GPUs they have been: two of one name differ by more than records do.
+    """
+    if track.gpus and not again:
+        raise Refused(f"needs runs of the record before it, {last.folder.name}, made again in turn with its own")
     others = again or last.runs
     machines, others_machines = {run.hardware for run in runs}, {run.hardware for run in others}
     if len(machines) > 1:
@@ -208,6 +223,11 @@ def require_faster(runs: list[Run], time: Sample, again: list[Run], last: Record
     if time.mean >= mean:
         seconds = f"{time.mean / 1000:,.2f} s, not less than {mean / 1000:,.2f} s"
         raise Refused(f"is not faster than the record before it, {last.folder.name}: {seconds}")
+    if again:
+        p = difference(runs, again, "train_time_ms").p
+        if p is None or p >= SIGNIFICANCE:
+            chance = f"p = {shown_p(p)}, not < {SIGNIFICANCE}"
+            raise Refused(f"is not shown to be faster than the record before it, {last.folder.name}: {chance}")
 
 
 def folders(parent: Path) -> list[Path]:

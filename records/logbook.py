@@ -70,7 +70,7 @@ from log_reader import (
 from plots import load_matplotlib, plot
 from printing import digits, print_json, shown, shown_p, table, write_file
 from rules import OPTIMIZER_MARGIN, SIGNIFICANCE, STREAMS
-from samples import Difference, Sample, Verdict, loss_sample, p_at_most, reached, results, time_sample
+from samples import Difference, Sample, Verdict, difference, loss_sample, p_at_most, reached, results, time_sample
 
 # What the programs that make the tracks' results, and the tests, take from here.
 __all__ = [
@@ -214,12 +214,13 @@ def compare(args) -> int:
         raise UserError("the two sets hold the same runs: nothing to compare")
     for side, runs in (("A", runs_a), ("B", runs_b)):
         groups = by_experiment(runs)
+        if len(presets := {run.preset for run in runs}) > 1:
+            raise UserError(f"{side} has runs of the presets {', '.join(sorted(map(str, presets)))}: give those of one")
         for group in groups[1:]:
             report(f"{side} takes experiments together: {group[0].name}: {difference_text(group[0], groups[0][0])}")
         report_repeated_seeds(runs, side)
     report_oddities([*runs_a, *runs_b], "A and B")
-    pairs = pairs_by_seed(runs_a, runs_b)
-    loss, time = (difference(runs_a, runs_b, pairs, value) for value in ("val_loss", "train_time_ms"))
+    loss, time = (difference(runs_a, runs_b, value) for value in ("val_loss", "train_time_ms"))
     if args.json:
         names = {"loss": loss, "time_ms": time}
         print_json({name: found and difference_json(found) for name, found in names.items()})
@@ -230,23 +231,6 @@ def compare(args) -> int:
             rows.append(["time (ms)", *difference_cells(time, ",.1f")])
         print(table(header, rows, {0, 8}, args.markdown))
     return 0 if whole_a and whole_b else 2
-
-
-def pairs_by_seed(runs_a: list[Run], runs_b: list[Run]) -> list[tuple[Run, Run]]:
-    """The runs with the same seed, if each side has the same seeds, and each once; else none."""
-    by_seed_a, by_seed_b = ({run.seed: run for run in runs} for runs in (runs_a, runs_b))
-    once = len(by_seed_a) == len(runs_a) and len(by_seed_b) == len(runs_b)
-    if not once or by_seed_a.keys() != by_seed_b.keys() or None in by_seed_a or len(runs_a) < 2:
-        return []
-    return [(run, by_seed_b[seed]) for seed, run in by_seed_a.items()]
-
-
-def difference(runs_a: list[Run], runs_b: list[Run], pairs: list[tuple[Run, Run]], value: str) -> Difference | None:
-    """Of the runs' losses or times; None where one side has none."""
-    a, b = ([getattr(run, value) for run in runs if getattr(run, value) is not None] for runs in (runs_a, runs_b))
-    if pairs and len(pairs) == len(a) == len(b):
-        return Difference.paired(*zip(*((getattr(own, value), getattr(other, value)) for own, other in pairs)))
-    return Difference.welch(a, b) if a and b else None
 
 
 def difference_json(found: Difference) -> dict:
@@ -440,7 +424,7 @@ def judge_data(lines: list[bytes]) -> tuple[list[str], str | None]:
         if right is None:
             unable = f"the log's preset is {preset}, and there are rules for {' and '.join(STREAMS)}"
         elif given != right[:2]:
-            findings.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right))
+            findings.append("the log's run validated on {} tokens of {}, not {} of {}".format(*given, *right[:2]))
         else:
             against = {right.contradiction(validated, shards) for validated in streams or {None}}
             findings += [f"the log's run {each}" for each in sorted(against - {None})]

@@ -15,6 +15,7 @@ class Stream(NamedTuple):
 
     tokens: int
     files: str  # the shards' names
+    train_files: str  # those of the training shards
     # Of these tokens and the one after them, the last target, as they lie in shards: 2 bytes each. Logs have it. None:
     # nobody has run the preset yet and told.
     sha256: str | None
@@ -32,10 +33,11 @@ class Stream(NamedTuple):
         return None
 
 
-FINEWEB = Stream(10_485_760, "fineweb_val_*.bin", None, None)
+FINEWEB = Stream(10_485_760, "fineweb_val_*.bin", "fineweb_train_*.bin", None, None)
 EMBEDDED = Stream(
     524_288,
     "sympy_val_*.bin",
+    "sympy_train_*.bin",
     "bd52e3c031e3f7273960ad42a5b3cb2ca0088491839241bbc76edbb7fde09c6c",
     frozenset({"1fcef4e9eea31884a5430c4c0e4b988781e8955702a93682d844bb406ae66013"}),
 )
@@ -46,11 +48,26 @@ STREAMS = {
     "mini": EMBEDDED,
     "tiny": EMBEDDED,
 }
-# The preset whose stream a track validates on, by the track's folder. The track of one GPU has a folder in it, and a
-# table, for each card, as 1gpu/rtx4090.
-TRACKS = {"8xh100": "record", "1gpu": "record", "tiny": "tiny"}
 
 
-def preset_of(track: str) -> str | None:
-    """A track's preset; None where there is no such track."""
-    return TRACKS.get(track.partition("/")[0])
+class Track(NamedTuple):
+    """What the records of a track have in common."""
+
+    preset: str  # whose stream they validate on
+    gpus: int  # 0: a CPU, whatever it is called
+    card: str  # the name of each GPU, as PyTorch gives it
+
+    @property
+    def hardware(self) -> str:
+        """As it stands in logs."""
+        return f"{self.gpus} x {self.card}"
+
+
+# By the folder. The track of one GPU has a folder in it, and a table, for each card.
+TRACKS = {
+    "8xh100": Track("record", 8, "NVIDIA H100 80GB HBM3"),
+    "1gpu/h100": Track("record", 1, "NVIDIA H100 80GB HBM3"),
+    "1gpu/rtx4090": Track("record", 1, "NVIDIA GeForce RTX 4090"),
+    "1gpu/rtx3090": Track("record", 1, "NVIDIA GeForce RTX 3090"),
+    "tiny": Track("tiny", 0, ""),
+}

@@ -167,3 +167,21 @@ def time_sample(runs: list[Run]) -> Sample | None:
     """Of the runs' training times in ms; None where no log has one."""
     times = [run.train_time_ms for run in runs if run.train_time_ms is not None]
     return Sample.of(times) if times else None
+
+
+def pairs_by_seed(runs_a: list[Run], runs_b: list[Run]) -> list[tuple[Run, Run]]:
+    """The runs with the same seed, if each side has the same seeds, and each once; else none."""
+    by_seed_a, by_seed_b = ({run.seed: run for run in runs} for runs in (runs_a, runs_b))
+    once = len(by_seed_a) == len(runs_a) and len(by_seed_b) == len(runs_b)
+    if not once or by_seed_a.keys() != by_seed_b.keys() or None in by_seed_a or len(runs_a) < 2:
+        return []
+    return [(run, by_seed_b[seed]) for seed, run in by_seed_a.items()]
+
+
+def difference(runs_a: list[Run], runs_b: list[Run], value: str) -> Difference | None:
+    """Of the runs' `val_loss` or `train_time_ms`, in pairs where that can be; None where one side has none."""
+    pairs = pairs_by_seed(runs_a, runs_b)
+    a, b = ([getattr(run, value) for run in runs if getattr(run, value) is not None] for runs in (runs_a, runs_b))
+    if pairs and len(pairs) == len(a) == len(b):
+        return Difference.paired(*zip(*((getattr(own, value), getattr(other, value)) for own, other in pairs)))
+    return Difference.welch(a, b) if a and b else None

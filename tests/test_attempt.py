@@ -22,7 +22,8 @@ with open("calls", "a") as calls:
     calls.write(f"{{MS}} {{seed}}\\n")
 MS += len(open("calls").readlines())  # no run is quite like another
 settings = {{"preset": options["--preset"], "seed": seed, "steps": steps, "val_tokens": 524288}}
-settings |= {{"val_files": options["--val-files"], "lr": float(options.get("--lr", 1))}}
+settings |= {{name: options["--" + name.replace("_", "-")] for name in ("train_files", "val_files")}}
+settings |= {{"lr": float(options.get("--lr", 1))}}
 settings["momentum_warmup"] = int(options.get("--momentum-warmup", 300)) * steps // 1000  # follows the steps
 source = Path(__file__).read_bytes()
 rule = "=" * 100
@@ -59,7 +60,8 @@ def project(tmp_path):
     record.parent.mkdir(parents=True)
     first = write(tmp_path / "first.py", script(8000, 1.42))
     for seed in (1, 2, 3):
-        options = {"preset": "tiny", "run-id": f"run_{seed}", "seed": seed, "val-files": "data/sympy/sympy_val_*.bin"}
+        options = {"preset": "tiny", "run-id": f"run_{seed}", "seed": seed}
+        options |= {f"{kind}-files": f"data/sympy/sympy_{kind}_*.bin" for kind in ("train", "val")}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, first, *words], cwd=record.parent, check=True)
     (record.parent / "logs").rename(record)

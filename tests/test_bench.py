@@ -220,7 +220,8 @@ def test_plan_names_the_slices_that_fit_into_the_gpu_at_hand(gigabytes, processe
         plan.main()
         assert capsys.readouterr().out == answer + "\n"
     else:
-        with pytest.raises(command_module.UserError, match=f"finds no --slices for {processes} processes with GPUs of {gigabytes << 10:,} MiB"):
+        where = f"{processes} processes with GPUs of {gigabytes << 10:,} MiB"
+        with pytest.raises(command_module.UserError, match=f"finds no --slices for {where}"):
             plan.main()
 
 

@@ -421,7 +421,8 @@ def test_a_log_that_is_named_twice_counts_once(tmp_path):
 # Experiments
 # ----------------------------------------------------------------------------------------------------------------------
 
-TINY = {"preset": "tiny", "steps": 100, "muon_lr": 0.023, "val_tokens": 524_288, "val_files": "x/sympy_val_*.bin"}
+TINY = {"preset": "tiny", "steps": 100, "muon_lr": 0.023, "val_tokens": 524_288}
+TINY |= {"train_files": "x/sympy_train_*.bin", "val_files": "x/sympy_val_*.bin"}
 CLEAN = "0123456789abcdef0123456789abcdef01234567 clean"
 
 
@@ -551,6 +552,14 @@ def test_compare_tells_in_what_else_the_runs_differ(tmp_path):
         "A and B: different world sizes: 1, 8",
         "A and B: 1 of 4 with uncommitted changes in the working tree",
     ]
+
+
+def test_compare_takes_no_presets_together(tmp_path):
+    a = experiment(tmp_path / "a", TINY_LOSSES)
+    b = experiment(tmp_path / "b", [1.2, 1.21], preset="mini")
+    c = experiment(tmp_path / "c", [1.3, 1.31])
+    line = mistake("compare", *a, *b, "--vs", *c)
+    assert line == "logbook.py: A has runs of the presets mini, tiny: give those of one"
 
 
 def test_plot_draws_an_experiment_as_one_curve_and_several_as_several(tmp_path):
@@ -1003,20 +1012,74 @@ def test_leaderboard_writes_the_tables_between_the_markers(records):
                          "No records yet.", "<!-- end of table -->"]  # fmt: skip
 
 
+def put_gpu_record(folder, title, source, losses, ms, hardware, lines=None, **changes):
+    """A record on FineWeb, with the checksums that a log has of its data."""
+    stream = {"preset": "record", "val_tokens": 10_485_760, "val_files": "data/fineweb10B/fineweb_val_*.bin"}
+    stream |= {"train_files": "data/fineweb10B/fineweb_train_*.bin"}
+    logs = put_record(folder, title, source, losses, ms, **(stream | changes))
+    lines = lines or (
+        f"validation stream: 10,485,761 tokens, sha256 {'ab' * 32}\n"
+        f"data: train data/fineweb10B/fineweb_train_000001.bin 100,000,000 tokens, sha256 {'cd' * 32}"
+    )
+    for path in logs:
+        text = path.read_bytes().replace(b"hardware: AMD EPYC, 2 cores", f"hardware: {hardware}".encode())
+        path.write_bytes(text.replace(b"\ndata: train", f"\n{lines}\ndata: train".encode()))
+    return logs
+
+
+H100, RTX4090 = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
+GPU_LOSSES = [3.27, 3.271, 3.272]
+
+
 def test_the_track_of_one_gpu_has_a_table_for_each_card(records):
     pytest.importorskip("scipy")
     script, readme = records / "logbook.py", records / "README.md"
-    stream = {"preset": "record", "val_tokens": 10_485_760, "val_files": "data/fineweb10B/fineweb_val_*.bin"}
-    for card, ms in ("fast", 1000), ("slow", 9000):  # neither is held against the other
-        folder = records / "1gpu" / card / "2026-05_a"
-        put_record(folder, f"On {card}", SOURCES["a"], [3.27, 3.271, 3.272], ms, **stream)
+    cards = {"h100": (H100, 1000), "rtx4090": (RTX4090, 9000)}  # neither is held against the other
+    for card, (name, ms) in cards.items():
+        put_gpu_record(records / "1gpu" / card / "2026-05_a", f"On {card}", SOURCES["a"], GPU_LOSSES, ms, f"1 x {name}")
     line = mistake("leaderboard", script=script)
-    assert "1gpu/fast: README.md has no table for it (<!-- leaderboard: 1gpu/fast, target ... -->)" in line
-    for card in "slow", "fast":
+    assert "1gpu/h100: README.md has no table for it (<!-- leaderboard: 1gpu/h100, target ... -->)" in line
+    for card in "rtx4090", "h100":
         with open(readme, "a") as file:
             file.write(f"<!-- leaderboard: 1gpu/{card}, target 3.28 -->\n<!-- end of table -->\n")
     logbook("leaderboard", script=script)
-    assert titles(records)[-2:] == ["On slow", "On fast"] and "](1gpu/slow/2026-05_a/)" in readme.read_text()
+    assert titles(records)[-2:] == ["On rtx4090", "On h100"] and "](1gpu/rtx4090/2026-05_a/)" in readme.read_text()
+
+
+def test_a_record_on_gpus_ran_on_its_tracks_and_in_turn_with_the_one_before(records):
+    pytest.importorskip("scipy")
+    script, track = records / "logbook.py", records / "8xh100"
+    table = (records / "README.md").read_text().replace("8xh100, target 3 ", "8xh100, target 3.28 ")
+    write(records / "README.md", table)
+    put_gpu_record(track / "2026-05_a", "First", SOURCES["a"], GPU_LOSSES, 80_000, f"8 x {H100}")
+
+    def refusal(hardware=f"8 x {H100}", **changes):
+        shutil.rmtree(track / "2026-06_b", ignore_errors=True)
+        put_gpu_record(track / "2026-06_b", "Second", SOURCES["b"], GPU_LOSSES, 70_000, hardware, **changes)
+        return logbook("leaderboard", script=script).stderr
+
+    assert f"ran on 8 x {RTX4090}, not on 8 x {H100}" in refusal(f"8 x {RTX4090}")
+    assert f"ran on 16 x {H100}, not on 8 x" in refusal(f"16 x {H100}")
+    assert "run_1.txt: has no checksums of its data" in refusal(lines="note: none")
+    assert "needs runs of the record before it, 2026-05_a, made again in turn with its own" in refusal()
+    again = put_gpu_record(track / "again", "", SOURCES["a"], GPU_LOSSES, 81_000, f"8 x {H100}")
+    (track / "2026-06_b" / "previous").mkdir()
+    for path in again:
+        path.rename(track / "2026-06_b" / "previous" / path.name)
+    second = track / "2026-06_b" / "previous" / "run_2.txt"  # else all differ by the same time, to a millisecond
+    second.write_bytes(second.read_bytes().replace(b"81014ms", b"81020ms"))
+    shutil.rmtree(track / "again")
+    assert logbook("leaderboard", script=script).stderr == ""
+    assert titles(records)[-2:] == ["First", "Second"]
+    line = mistake("attempt", "x.py", "--track", "8xh100", "--name", "x", script=script)
+    assert line == "logbook.py: 8xh100: an attempt trains in one process; make its runs with ./run.sh"
+
+
+def test_a_table_needs_a_track_of_the_rules(records):
+    pytest.importorskip("scipy")
+    (records / "tiny").rename(records / "fast")
+    write(records / "README.md", (records / "README.md").read_text().replace(": tiny,", ": fast,"))
+    assert "rules.py has no such track" in logbook("leaderboard", script=records / "logbook.py").stderr
 
 
 def test_a_script_may_have_the_name_of_a_part_of_the_logbook(records):
@@ -1069,6 +1132,14 @@ def with_line(records, line):
     put_c(records)
     for path in (records / "tiny" / C).glob("*.txt"):
         path.write_bytes(path.read_bytes().replace(b"\ndata: train", f"\n{line}\ndata: train".encode()))
+
+
+def other_training_files(records):
+    put_c(records, train_files="data/own_*.bin")
+
+
+def one_seed(records):
+    put_c(records, seed=7)
 
 
 def other_validation_tokens(records):
@@ -1153,6 +1224,8 @@ def no_readme(records):
         (copies, "not significant: n = 2, mean loss 1.4150"),
         (above, "not significant: n = 3, mean loss 1.4420, target 1.44, p = 0.9"),
         (other_stream, "validated on 1000 tokens of sympy_val_*.bin, not 524288 of sympy_val_*.bin"),
+        (other_training_files, "trained on own_*.bin, not sympy_train_*.bin"),
+        (one_seed, "repeated seeds, so not independent: 7 (3 times)"),
         (other_validation_tokens, f"validated on other tokens: their sha256 is {'ab' * 32}, not "),
         (other_training_shard, f"trained on other shards, one with sha256 {'cd' * 32}"),
         (no_settings, "validated on None tokens"),
@@ -1195,6 +1268,12 @@ def test_leaderboard_lists_a_record_from_another_machine_that_has_the_last_ones_
     for path in again:
         path.write_bytes(re.sub(rb"train_time:75\d\dms", b"train_time:6000ms", path.read_bytes()))
     assert "7.01 s, not less than 6.00 s" in logbook("leaderboard", script=script).stderr
+    # Where they have been made again, that it is faster must be beyond chance.
+    for path, ms in zip(again, (b"7016", b"7500")):
+        path.write_bytes(path.read_bytes().replace(b"train_time:6000ms", b"train_time:%sms" % ms))
+    assert "is not shown to be faster than the record before it, 2026-06-02_b: p = 0." in logbook(
+        "leaderboard", script=script
+    ).stderr
 
 
 def test_leaderboard_lists_a_tracks_first_record_unchecked_if_that_says_why(records):

@@ -4631,6 +4631,7 @@ def main(arguments: list[str]) -> int:
         if rank != 0:
             # torchrun ends a node's ranks with the first one that fails. What all have met rank 0
             # says, which needs time for it; on other nodes, or where it has not, the next one.
+            catch_signals()
             time.sleep(10 + rank % 8)
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         # On the CPU PyTorch says so in a RuntimeError.
@@ -4646,7 +4647,10 @@ def main(arguments: list[str]) -> int:
             error = UserError(f"{error.filename or 'the output'}: {error.strerror}")
         if not isinstance(error, UserError):
             raise
-        complain(UserError(f"rank {rank}: {error}") if rank else error)
+        if rank == 0:
+            complain(error)
+        elif error.status < 128:  # no signal
+            complain(UserError(f"rank {rank}: {error}"))
         return error.status
     finally:
         if dist.is_initialized():

@@ -322,8 +322,8 @@ def end_as_torchrun(ranks):
 
 
 def test_loss_that_is_not_finite_ends_all_ranks(start, tmp_path):
-    results = [running.wait() for running in start(2, tmp_path, "--steps", 8, "--muon-lr", "1e38")]
-    assert [result.returncode for result in results] == [3, 3], results[1].stderr
+    results = end_as_torchrun(start(2, tmp_path, "--steps", 8, "--muon-lr", "1e38"))
+    assert [result.returncode for result in results] == [3, 143], results[1].stderr
     assert results[0].stderr.count("\n") == 1 and "step 2" in results[0].stderr
     assert results[1].stderr == "" and results[1].stdout == ""
     (log,) = (tmp_path / "logs").iterdir()
@@ -345,6 +345,24 @@ def test_mistake_is_printed_once_by_rank_0_alone(arguments, words, start, tmp_pa
     assert results[0].stderr.count("\n") == 1 and words in results[0].stderr
     assert results[1].stderr == "" and results[0].stdout == results[1].stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_mistake_that_another_rank_alone_can_see_is_printed_with_its_number(start, tmp_path):
+    # On another node, say, which has no shards. Rank 0 waits for it.
+    before = """
+train_gpt.time.sleep = lambda seconds: None
+if os.environ["RANK"] == "1":
+    def find_none(original, *args):
+        return original("none_*.bin", *args[1:])
+    wrap(train_gpt, "find_shards", find_none)
+"""
+    first, second = start(2, tmp_path, "--steps", 8, before=before)
+    result = second.wait()
+    first.kill(signal.SIGKILL)
+    first.wait()
+    assert result.returncode == 2
+    assert result.stderr.startswith("train_gpt.py: rank 1: ") and "none_*.bin" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_mistake_that_rank_0_alone_can_see_is_printed_once_too(start, tmp_path):

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
@@ -96,3 +99,16 @@ def test_a_step_on_a_gpu_is_all_on_the_gpu_and_waits_for_nothing():
     copies = ["aten._to_copy.default goes on", "prims.device_put.default goes on"]  # of the loss, and of nothing else
     assert sorted(re.findall(r"\S+ (?:goes on|waits)", waits)) == copies
     assert validation == "cuda:0 torch.float32 (16384,)"
+
+
+def test_a_gpu_whose_driver_does_not_fit_is_refused_and_not_the_cpu_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(train_gpt.UserError, match="install a newer NVIDIA driver"):
+        train_gpt.find_device()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiling works there")
+def test_a_gpu_for_which_nothing_can_be_compiled_is_refused():
+    with pytest.raises(train_gpt.UserError, match="torch.compile does not work, which needs gcc"):
+        train_gpt.compile_or_not(True, torch.device("cuda"))

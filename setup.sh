@@ -1,5 +1,5 @@
-# Sourced by run.sh, tests/run.sh and bench/gpu.sh: sets PYTHON to one that has the requirements, in .venv if the active one has not;
-# there with those of records/, for statistics and plots.
+# Sourced by run.sh, tests/run.sh and bench/gpu.sh: sets PYTHON to one that has the requirements, in .venv if the active
+# one has not; there with those of records/, for statistics and plots.
 
 serves() {
     "$1" - >/dev/null 2>&1 <<'PY'

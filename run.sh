@@ -70,7 +70,7 @@ case "$preset" in
         fi
         if [ "$own_data$no_run" = nono ]; then
             # A mistake in the arguments shows before two gigabytes are fetched.
-            WORLD_SIZE=$((10#$processes * 10#$nodes)) LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=localhost \
+            WORLD_SIZE=$((10#$processes * 10#$nodes)) LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=- MASTER_PORT=1 \
                 "$PYTHON" train_gpt.py --dry-run "$@" >/dev/null
             "$PYTHON" data/cached_fineweb10B.py 9
         fi

@@ -299,6 +299,20 @@ def test_run_with_data_of_its_own_or_without_any_fetches_none(argument, machine)
     assert machine.before == []
 
 
+@pytest.mark.parametrize(
+    "words, said", [(["--slcies", "16"], "the closest that exists is --slices"), ([], "8 slices and world size 3")]
+)
+def test_mistake_in_the_options_of_the_record_is_answered_before_the_fetch(words, said, tmp_path):
+    """With the Python of these tests, and no program that fetches."""
+    for file in ("run.sh", "setup.sh", "train_gpt.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "NPROC": "3"}
+    command = ["bash", tmp_path / "run.sh", "--preset", "record", *words]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_failing_fetch_ends_it_before_the_run(machine):
     assert machine.run(STATUS="2", status=2) == [["data/embedded.py"]]
 

@@ -133,7 +133,8 @@ class Layer:
     xsa: bool = False
     # Each head's output has a gate [28].
     attention_gate: bool = False
-    # Dynamically composed heads: each also sees through the eyes of the others [85].
+    # Dynamically composed heads: each also takes up values by a mixture, made for each token, of
+    # all heads' attention probabilities [85].
     dc: bool = False
     # Attention reads the residual stream as it was after that layer [77].
     single_input: int | None = None
@@ -280,9 +281,11 @@ class Settings:
     muon: bool = setting(True, "NorMuon for the matrices, rather than Adam")
     muon_lr: float = setting(0.023, "learning rate of NorMuon")
     muon_wd: float = setting(1.2, "weight decay of NorMuon, multiplied by its learning rate")
-    muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares")
+    muon_beta2: float = setting(0.9, "decay of NorMuon's mean squares", low=0, high=1)
     polar_steps: int = setting(5, "steps of Polar Express [38]: 5, or flatter 6", low=5, high=6)
-    momentum: float = setting(0.95, "momentum of NorMuon; it starts and ends 0.1 lower")
+    momentum: float = setting(
+        0.95, "momentum of NorMuon; it starts and ends 0.1 lower", low=0.1, high=1
+    )
     momentum_warmup: int = setting(300, "steps over which the momentum rises", low=1)
     momentum_cooldown: int = setting(50, "last steps, over which the momentum falls", low=1)
     slow_momentum: float = setting(0.0, "second, slower momentum, 0 for none", low=0, high=1)
@@ -621,12 +624,13 @@ def gate_networks(config: ModelConfig) -> list[list[Gate]]:
             networks[-1].append(Gate(layer, "xsa_alphas", heads, 0))
         if row.attention_gate:
             networks[-1].append(Gate(layer, "head_gates", heads, 0.25))
-        if row.attention and row.mudd is None:  # MUDD makes its own
+        # Both are added after attention, layer 0's bigram before it. MUDD makes its own.
+        if row.attention and row.mudd is None:
             networks[-1].append(Gate(layer, "x0", 1, 0))
-            if config.bigram:
-                networks[-1].append(Gate(layer, "bigram", 1, 0.05))
+        if config.bigram and (row.attention or layer == 0) and row.mudd is None:
+            networks[-1].append(Gate(layer, "bigram", 1, 0.05))
         if row.skip is not None:
-            networks[-1].append(Gate(layer, "skip", 1, 0.5))
+            networks[-1].append(Gate(layer, "skip", 1, 0.5))  # half of what it is without
         if row.dc:
             networks[-1].append(Gate(layer, "dc_in", heads, 1))
             networks[-1].append(Gate(layer, "dc_out", heads, 0))
@@ -642,9 +646,9 @@ def qk_banks(config: ModelConfig) -> dict[str, tuple[list[int], int]]:
 
 
 def qk_shape(config: ModelConfig, layers: int, head_rows: int) -> tuple[int, int, int]:
-    """Of a bank of Q and K, whose matrices are orthogonalized one by one.
+    """The shape of a bank of Q and K, whose matrices NorMuon orthogonalizes one by one.
 
-    A layer's are the heads 01, 23, … of Q and then of K [80], or all of Q and all of K.
+    With --head-pairs each is two heads, 01, 23, … of Q and then of K [80]; else all of Q or K.
     """
     heads_together = 2 if config.head_pairs else config.heads
     matrices = 2 * config.heads // heads_together
@@ -819,11 +823,12 @@ def with_steps(settings: Settings, steps: int) -> Settings:
 
 # 2. Kernels =======================================================================================
 # What PyTorch has no fast expression for, in Triton. Each kernel stands beside the plain PyTorch
-# of the same thing, and a function of each chooses between them: with `kernels`, which is true on
-# CUDA in bfloat16 (`choose_kernels`), it runs the kernel, elsewhere the plain form. (Attention goes
-# by the device alone.) To change what is computed, an activation for instance, change the plain
-# form and train with `--kernels false`; the kernel can wait until the idea has proven itself.
-# Kernels compute in float32 and round once.
+# of the same thing, and a function of each chooses between them (`symmetric_matmul`, `mlp`,
+# `summed_loss` …): with `kernels`, which is true on CUDA in bfloat16 (`choose_kernels`), it runs
+# the kernel, elsewhere the plain form. (Attention goes by the device alone; and what the MLP's
+# kernel computes has a second plain form, for GPUs without TMA.) To change what is computed, an
+# activation for instance, change the plain form and train with `--kernels false`; the kernel can
+# wait until the idea has proven itself. Kernels compute in float32 and round once.
 
 
 def copy_of(body: Callable) -> Callable:
@@ -1229,7 +1234,7 @@ def loss_kernel(
     same = target[:, None] == target
     less = tl.sum(tl.where(same, weight, 0), 1)
     grad = slope * (share * exp2(BASE2 * s_target) - less) * (s_target - s_target * s_target)
-    tl.debug_barrier()  # other threads have stored them without
+    tl.debug_barrier()  # waits for the loop's stores, which have these columns without the targets
     tl.store(grads + target, grad.to(grads.dtype.element_ty), there)
 
 
@@ -1389,6 +1394,7 @@ def norm(x: Tensor) -> Tensor:
 HEAD_INPUT_SCALE = 100 / E4M3_MAX
 HEAD_WEIGHT_SCALE = 1.6 / E4M3_MAX
 # Of the summed losses' gradient by the logits; backward multiplies by the gradient that comes in.
+# The recipe's number, by E4M3_MAX though the gradient is e5m2.
 LOGIT_GRAD_SCALE = 0.75 / E4M3_MAX
 POST_HEADROOM = 1.8  # of the MLP's squares, from one forward pass to the next [89]
 W_OUT_HEADROOM = 1.12  # of the MLP's W_out, from one step to the next [89]
@@ -1434,6 +1440,9 @@ def transposed(x: Tensor) -> Tensor:
     out = x.new_empty(x.size(1), x.size(0))
     transpose_op(x, out, False)
     return out
+
+
+# --- The head with its loss, and the MLP: with the kernels, whose matmuls may be in FP8, or plain.
 
 
 class Head(torch.autograd.Function):
@@ -1554,7 +1563,7 @@ def quantize_mlps(
     next_w_out_scale.copy_(scale_for(largest, W_OUT_HEADROOM))
 
 
-# bf16 weights that move like float32 ones [57]. A float32 is cut in the middle: its upper half is a
+# --- bf16 weights that move like float32 ones [57]. A float32 is cut in the middle: its upper half is a
 # bfloat16, which the forward pass uses; its lower 16 bits are kept beside it. The optimizer joins
 # the two, updates, and cuts again, so that steps far smaller than a bf16 can hold add up.
 
@@ -1624,8 +1633,7 @@ def polar_express(
 # layers of a kind. CUDA runs FlexAttention over a list of blocks, other devices a banded attention.
 
 BLOCK = 128  # FlexAttention's block of queries and of keys
-# Attention's logits sum fewer products where queries and keys are narrow: what they are multiplied
-# by besides.
+# An extra factor of the logits of narrow queries and keys, which sum fewer products.
 NARROW_QK_SCALE = 1.2
 
 
@@ -2276,7 +2284,7 @@ class GPT(nn.Module):
             x, inputs, begins, self.smear_gate, self.smear_lambda, self.bigram_table,
             self.bigram_signs, self.bigram_table_grad, ngram=config.ngram,
         )
-        if self.kernels:  # as 22 kernels read it
+        if self.kernels:  # all layers read it: it is not to be computed in each of them
             x0 = stored_op(x0)
         x = start = x0
         after = {}  # the residual stream after each layer that something later reads
@@ -2370,13 +2378,10 @@ class GPT(nn.Module):
         """What each gate network makes; and its W1, W2, bias and scale in the stream's dtype."""
         if not self.gate_networks:
             return
-        dtype = self.embed.dtype
         sizes = [sum(gate.width for gate in network) for network in self.gate_networks]
-        w2 = self.gates_w2.split(sizes)
-        bias = self.gates_bias.to(dtype).split(sizes)
-        scale = self.gates_scale.to(dtype)
-        for number, network in enumerate(self.gate_networks):
-            yield network, (self.gates_w1[number], w2[number], bias[number], scale)
+        scale = self.gates_scale.to(self.embed.dtype)
+        for network, weights in zip(self.gate_networks, self.network_weights("gates", sizes)):
+            yield network, (*weights, scale)
 
     def make_gates(
         self, x: Tensor, network: list[Gate], weights: tuple[Tensor, ...],
@@ -2388,6 +2393,7 @@ class GPT(nn.Module):
         """
         parts = small_network(x, *weights).split([gate.width for gate in network])
         for gate, part in zip(network, parts):
+            # One coefficient has the strides that MUDD's have, so that they share their graphs.
             value = part.T if gate.width > 1 else part[0, :, None]
             if gate.name in Mix._fields:
                 mixes[gate.layer] = mixes[gate.layer]._replace(**{gate.name: value})
@@ -2399,10 +2405,17 @@ class GPT(nn.Module):
         if self.mudd_w1 is None:
             return (), ()
         sizes = [len(MuddBefore._fields), len(MuddAfter._fields)]
-        w2 = self.mudd_w2.split(sizes)
-        bias = self.mudd_bias.to(self.embed.dtype).split(sizes)
-        before, after = zip(self.mudd_w1, w2, bias)
+        before, after = self.network_weights("mudd", sizes)
         return before, after
+
+    def network_weights(self, name: str, sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        """W1, W2 and bias of each `small_network` of a name, in the stream's dtype.
+
+        `sizes` are the numbers of their outputs.
+        """
+        w2 = getattr(self, f"{name}_w2").split(sizes)
+        bias = getattr(self, f"{name}_bias").to(self.embed.dtype).split(sizes)
+        return zip(getattr(self, f"{name}_w1"), w2, bias)
 
     def layer_weights(self, length: int, fp8: bool) -> tuple[list[dict], list[Mix]]:
         """What each layer has of the parameters, in the residual stream's dtype; and its `Mix`.
@@ -2413,12 +2426,15 @@ class GPT(nn.Module):
         is None.
         """
         count = len(self.rows)
-        layers = [{} for _ in range(count)]
+        names = ["qkv", "out", "mlp_in", "mlp_out", "mlp8"]
+        names += ["head_gates", "skip", "dc_in", "dc_out"]  # which `make_gates` puts in
+        for name, row in self.table.items():
+            if row is None or row.layers is not None:
+                names.append(name)
+        # All layers have all names, so that the layers of a kind share their graphs.
+        layers = [dict.fromkeys(names) for _ in range(count)]
 
         def hand_out(name: str, to: Iterable[int], parts: Iterable) -> None:
-            # All layers have the same names, so that the layers of a kind share their graphs.
-            for w in layers:
-                w[name] = None
             for layer, part in zip(to, parts):
                 layers[layer][name] = part
 
@@ -2429,12 +2445,8 @@ class GPT(nn.Module):
         hand_out("mlp_in", range(count), mlp_matrices[: 2 * count : 2])
         hand_out("mlp_out", range(count), mlp_matrices[1 : 2 * count : 2])
         hand_out("mlp8", range(count), zip(*map(torch.unbind, self.mlp8)) if fp8 else ())
-        for name in ("head_gates", "skip", "dc_in", "dc_out"):
-            hand_out(name, [], [])  # `make_gates` puts them in
         for name, row in self.table.items():
-            if row is None:  # which may have been some layers': all have None
-                hand_out(name, [], [])
-            elif row.layers is not None:  # the layers' own parameters
+            if row is not None and row.layers is not None:  # the layers' own parameters
                 parts = getattr(self, name).to(self.embed.dtype).unbind()
                 hand_out(name, row.layers, parts)
         return layers, self.layer_mixes(length)
@@ -2563,7 +2575,7 @@ def normuon_update(
 
     # 3. Even out the rows or the columns.
     size = u.norm(dim=(-2, -1), keepdim=True)
-    over = -1 if u.size(-2) >= u.size(-1) else -2
+    over = -1 if exp_avg_sq.size(-1) == 1 else -2
     exp_avg_sq.lerp_(u.square().mean(over, keepdim=True), 1 - beta2)
     u = u * exp_avg_sq.clamp(min=1e-10).rsqrt()
     u = u * (size / u.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
@@ -3087,6 +3099,15 @@ def plan_batches(settings: Settings, paths: list[str]) -> tuple[list[Batch], dic
     return plan, {path: int(bounds(path)[-1]) for path in paths[: shard + 1]}
 
 
+def prefetch(items: Iterator) -> Iterator:
+    """Yields what an iterator yields (but not None); a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
+
+
 def training_batches(plan: list[Batch], config: ModelConfig, slices: range) -> Iterator[Tensor]:
     """Yields the tokens (slices, length + 1), int32, of these slices of every batch of the plan."""
     by_shard = []  # the batches of one shard after another
@@ -3198,15 +3219,6 @@ def prefix_table(vocabulary: list[bytes], vocab_size: int) -> Tensor:
                 table[number] = numbers[text[:end]]
                 break
     return torch.tensor(table)
-
-
-def prefetch(items: Iterator) -> Iterator:
-    """Yields what an iterator yields (but not None); a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, items, None)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(next, items, None)
-            yield item
 
 
 # 8. Training ======================================================================================
@@ -3421,16 +3433,19 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best * 1000
 
 
+# --- A step.
 # A batch is cut into slices; a rank takes some of them and runs them one after another, as
 # microbatches, adding up gradients. So it needs the memory of one slice, and the mathematics are
 # the same for any number of ranks that divides the slices.
+# A slice's loss is a sum over its tokens, and grows with its length: neither optimizer minds how
+# large gradients are, and FP8's scales are for those of sums.
 
 
 def train_step(objective: Callable, tokens: Tensor, context: Context, slices: int) -> Tensor:
     """Adds up the gradients of this rank's slices (n, length + 1), one microbatch after another.
 
-    Returns its part of the batch's mean loss, detached. A slice's loss is a sum over its tokens;
-    slices are averaged here, and ranks by the optimizer.
+    Returns its part of the batch's mean loss, detached. Slices are averaged here, and ranks by the
+    optimizer.
     """
     total = torch.zeros((), device=tokens.device)
     for row in tokens:
@@ -3538,7 +3553,9 @@ def warm_up(
             if optimizer.sparse:
                 optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
             train_step(objective, tokens, context, settings.slices)
-            hyper = start._replace(stage=stage, adam=adam, averaged=settings.average_steps)
+            hyper = start._replace(
+                stage=stage, adam=adam, tables=True, averaged=settings.average_steps
+            )
             optimizer.step(hyper)
     final = schedule(settings, settings.total_steps).stage
     sequences = made_up[:, : settings.val_seq_len + 1].expand(world.size, -1)
@@ -4311,8 +4328,18 @@ def check_settings(settings: Settings, world_size: int) -> None:
     config = settings.model
     dim, heads, vocab = config.dim, config.heads, config.padded_vocab
     check_batches(settings, world_size)
-    if dim % world_size or vocab % world_size:
-        raise UserError(f"{world_size} processes cannot share --dim {dim} and vocabulary {vocab}")
+    stages = settings.all_stages
+    shortest = min(stage.batch_tokens for stage in stages) // settings.slices
+    if shortest < len(stages[0].mtp[0]):
+        raise UserError(f"--slices {settings.slices} are {shortest} tokens long: too short")
+    table_rows = config.bigram_table_rows
+    if table_rows < 2 * (config.ngram - 1):
+        raise UserError(f"--bigram-rows {config.bigram_rows:g} makes no table; use more")
+    if dim % world_size or vocab % world_size or table_rows % world_size:
+        raise UserError(
+            f"{world_size} processes cannot share --dim {dim}, vocabulary {vocab} and the "
+            f"{table_rows} rows of --bigram-rows {config.bigram_rows:g}"
+        )
     if dim < 12:  # the gates read twelve channels
         raise UserError(f"--dim {dim} must be at least 12")
     if dim % (4 * heads):
@@ -4325,6 +4352,8 @@ def check_settings(settings: Settings, world_size: int) -> None:
             f"--average-steps {settings.average_steps} is more than the run's "
             f"{settings.total_steps} steps"
         )
+    if settings.average_steps and not settings.muon:
+        raise UserError(f"--average-steps {settings.average_steps} is NorMuon's; leave it out")
     if (config.ngram - 1) * config.bigram_dim > dim:
         each = "" if config.ngram == 2 else f" for each of --ngram {config.ngram}"
         raise UserError(f"--bigram-dim {config.bigram_dim}{each} is larger than --dim {dim}")
@@ -4552,24 +4581,26 @@ def add_options(parser: Parser, holder: Settings | ModelConfig, title: str) -> N
 
 def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     """The settings that the command line asks for, and whether it is a --dry-run."""
+    # A run that goes on has the settings of the one before, unless the command line says otherwise.
+    going_on = Parser(add_help=False, allow_abbrev=False)
+    going_on.add_argument("--resume", default="")
+    checkpoint = going_on.parse_known_args(arguments)[0].resume
+    saved = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS["record"]
     # The preset comes first, since it has the defaults of all other options.
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument(
-        "--preset", choices=PRESETS, default="record", help="the experiment (default: record)"
+        "--preset", choices=PRESETS, default=saved.preset, help="the experiment (default: record)"
     )
     first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     known, _ = first.parse_known_args(arguments)
     preset = PRESETS[known.preset]
-    # A run that goes on has the model of the one before, its steps and its slices, unless the
-    # command line says otherwise.
-    going_on = Parser(add_help=False, allow_abbrev=False)
-    going_on.add_argument("--resume", default="")
-    checkpoint = going_on.parse_known_args(arguments)[0].resume
-    if checkpoint:
-        saved = load_checkpoint(checkpoint)["settings"]
-        if saved.preset == preset.preset:
-            model = replace(saved.model, layers=preset.model.layers)
-            preset = replace(preset, model=model, steps=saved.steps, slices=saved.slices)
+    if checkpoint and saved.preset == preset.preset:
+        # But for its tables, which are the script's.
+        tables = preset if saved.steps is None else with_steps(preset, saved.steps)
+        preset = replace(
+            saved, model=replace(saved.model, layers=preset.model.layers),
+            stages=tables.stages, extension=tables.extension, run_id="", resume="",
+        )
 
     parser = Parser(
         usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE ...]",
@@ -4601,7 +4632,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     settings = replace(preset, model=model, **run_changes)
     check_layers(model.layers)
     check_stages(settings)
-    if settings.steps is not None:
+    if settings.steps != preset.steps:
         settings = with_steps(settings, settings.steps)
     return settings, parsed.dry_run
 

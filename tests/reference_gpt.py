@@ -174,7 +174,7 @@ class ReferenceGPT:
             wanted += [("xsa", c.heads)] * (layer.xsa and c.xsa)
             wanted += [("attention", c.heads)] * (i in self.with_gate)
             wanted += [("x0", 1)] * (layer.attention and i not in self.mixing)
-            wanted += [("bigram", 1)] * (layer.attention and i not in self.mixing and c.bigram)
+            wanted += [("bigram", 1)] * ((layer.attention or i == 0) and i not in self.mixing and c.bigram)
             wanted += [("skip", 1)] * (layer.skip is not None and c.skip)
             wanted += [("dc_in", c.heads), ("dc_out", c.heads)] * (layer.dc and c.dc)
             for name, width in wanted:

@@ -16,7 +16,6 @@ import train_gpt as program
 from test_command_line import (  # noqa: F401 (fixtures)
     MAIN,
     SMALL,
-    VALIDATION,
     assert_line,
     command,
     data,
@@ -326,30 +325,19 @@ def test_names_that_a_compiled_or_distributed_model_gave_are_its_own(prefix, who
     assert_same_state(folder / "logs" / "a_step000012.pt", checkpoint(whole, 12))
 
 
-def test_resumed_run_has_the_checkpoints_model_and_steps_unless_the_command_line_says_otherwise(
-    whole, launcher, data, folders  # noqa: F811
-):
-    """`whole` has --dim 32, --steps 12 and other small numbers, of which this command line says nothing."""
+def test_resumed_run_has_the_checkpoints_settings_unless_the_command_line_says_otherwise(whole, launcher, folders):  # noqa: F811
+    """`whole` has --preset mini, --dim 32, --steps 12 and other numbers, of which this command line says nothing."""
     folder = folders("defaults")
-    files = ("--train-files", data / "x_train_*.bin", "--val-files", data / "x_val_*.bin", *VALIDATION)
-    options = ("--preset", "mini", "--compile", "false", "--dtype", "float32", *files, "--run-id", "a", *RUN[2:])
-    result = launcher.start(SMALL + MAIN, *options, "--resume", checkpoint(whole, 4), cwd=folder).wait()
+    options = ("--resume", checkpoint(whole, 4))
+    result = launcher.start(SMALL + MAIN, *options, "--run-id", "a", cwd=folder).wait()
     assert result.returncode == 0, result.stderr
     assert_same_state(folder / "logs" / "a_step000012.pt", checkpoint(whole, 12))
-    wrong = ("--resume", checkpoint(whole, 4), "--run-id", "b", "--dim", "64")
-    result = launcher.start(SMALL + MAIN, *options, *wrong, cwd=folder).wait()
+    result = launcher.start(SMALL + MAIN, *options, "--run-id", "b", "--dim", "64", cwd=folder).wait()
     assert_line(result, "its dim is 32, this run's is 64")
-
-
-def test_resumed_run_has_the_checkpoints_slices_unless_the_command_line_says_otherwise(whole, folders):
-    path = folders("slices") / "a.pt"
-    state = torch.load(checkpoint(whole, 4), weights_only=True)
-    state["settings"]["slices"] = 2
-    torch.save(state, path)
-    resumed = ["--preset", "mini", "--resume", str(path)]
-    assert program.parse_arguments(resumed)[0].slices == 2
+    resumed = [*map(str, options)]
+    saved = program.parse_arguments(resumed)[0]
+    assert saved.total_steps == 12 and saved.run_id == "" and saved.momentum_warmup < 300
     assert program.parse_arguments([*resumed, "--slices", "8"])[0].slices == 8
-    assert program.parse_arguments(resumed)[0].total_steps == 12
     assert program.parse_arguments([*resumed, "--steps", "24"])[0].total_steps == 24
 
 

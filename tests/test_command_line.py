@@ -561,6 +561,7 @@ def test_unknown_option_or_value_is_named_with_the_closest_that_exists(arguments
     + ["--ngram 1", "--ngram 4", "--ngram 6", "--mlp-ratio 0", "--val-short-window 0", "--val-long-window -1"]
     + ["--cooldown 0", "--cooldown 1", "--cooldown 2", "--adam-every 0", "--adam-every 99"]
     + ["--seed 99999999999999999999", "--seed -1", "--run-id no/such/folder/x", "--val-seq-len 1"]
+    + ["--bigram-rows 0.001", "--momentum 0", "--muon-beta2 1.5", "--average-steps 2 --muon false", "--slices 512"]
     + ["--muon-beta2 1", "--muon-lr nan", "--attention-scale inf", "--adam-wd -1"],
 )
 def test_odd_value_is_refused_or_run_but_never_answered_with_a_traceback(option, small, tmp_path):

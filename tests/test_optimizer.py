@@ -412,6 +412,14 @@ def test_more_averaged_steps_than_steps_are_a_users_mistake():
         program.check_settings(replace(MINI, average_steps=371), 1)
 
 
+def test_bigram_table_that_ranks_cannot_share_is_a_users_mistake():
+    uneven = replace(MINI, model=replace(MINI.model, bigram_rows=7.505))
+    assert uneven.model.bigram_table_rows % 2 == 0 and uneven.model.bigram_table_rows % 4
+    program.check_settings(uneven, 2)
+    with pytest.raises(program.UserError, match="4 processes cannot share .* 2882 rows"):
+        program.check_settings(replace(uneven, slices=4), 4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adam
 # ----------------------------------------------------------------------------------------------------------------------

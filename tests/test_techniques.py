@@ -56,8 +56,6 @@ VARIANTS = {
     **{f"only {name}": {**PLAIN, name: True} for name in SWITCHES},
     "everything off": PLAIN,
 }
-WITHOUT_ONE = [name for name in VARIANTS if not name.startswith("only")]
-
 BOS = 60
 SMALL = ModelConfig(
     layers=(
@@ -80,6 +78,10 @@ SMALL = ModelConfig(
     bigram_dim=20,
     narrow_qk=True,
 )
+VARIANTS["no attention in layer 0"] = {
+    "layers": (Layer(attention=False, gates=True), replace(SMALL.layers[1], value_embeds=0), *SMALL.layers[2:])
+}
+WITHOUT_ONE = [name for name in VARIANTS if not name.startswith("only")]
 # Documents of 5 tokens (the rest of one that began before), 1, 8 and 10, with tokens that repeat.
 STREAM = [7, 3, 3, 41, 7, BOS, BOS, 19, 3, 3, 58, 0, 22, 19, BOS, 3, 41, 41, 5, 7, 3, 30, 8, 8, 1]
 INPUTS, TARGETS = STREAM[:-1], STREAM[1:]

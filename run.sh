@@ -50,7 +50,8 @@ for argument in "$@"; do
     case "$argument" in
         --preset=*) named=yes preset=${argument#--preset=} ;;
         --train-files*) own_data=yes ;;
-        --slices* | --resume*) own_slices=yes ;;
+        --slices*) own_slices=yes ;;
+        --resume*) own_slices=yes named=yes ;; # the checkpoint has both
         --dry-run | --help | -h) no_run=yes ;;
     esac
     case "$previous" in --preset) named=yes preset=$argument ;; esac

@@ -1374,7 +1374,8 @@ stored_op.register_autograd(lambda ctx, grad: grad)
 
 
 # 3. Numerics ======================================================================================
-# The few functions in which rounding is a decision.
+# The few functions in which rounding is a decision, and the two matmuls that are made of them: the
+# head with its loss, and the MLP.
 
 E4M3_MAX = 448  # the largest number of float8_e4m3fn
 
@@ -1563,9 +1564,10 @@ def quantize_mlps(
     next_w_out_scale.copy_(scale_for(largest, W_OUT_HEADROOM))
 
 
-# --- bf16 weights that move like float32 ones [57]. A float32 is cut in the middle: its upper half is a
-# bfloat16, which the forward pass uses; its lower 16 bits are kept beside it. The optimizer joins
-# the two, updates, and cuts again, so that steps far smaller than a bf16 can hold add up.
+# --- bf16 weights that move like float32 ones [57].
+# A float32 is cut in the middle: its upper half is a bfloat16, which the forward pass uses; its
+# lower 16 bits are kept beside it. The optimizer joins the two, updates, and cuts again, so that
+# steps far smaller than a bf16 can hold add up.
 
 
 def join_float32(top: Tensor, low: Tensor) -> Tensor:
@@ -1582,10 +1584,11 @@ def split_float32(x: Tensor) -> tuple[Tensor, Tensor]:
     return top, low
 
 
-# Polar Express [38] (arXiv 2505.16932): each row is (a, b, c) of one step X <- aX + (bA + cA^2)X
-# with A = XX^T. A step leaves the singular vectors, and takes each singular value s to
-# as + bs^3 + cs^5. Composed, five steps bring all of (0.001, 1] to between 0.86 and 1.14, six to
-# between 0.998 and 1.002. `python bench/polar.py` makes the rows.
+# --- Polar Express [38] (arXiv 2505.16932).
+# Each row is (a, b, c) of one step X <- aX + (bA + cA^2)X with A = XX^T. A step leaves the singular
+# vectors, and takes each singular value s to as + bs^3 + cs^5. Composed, five steps bring all of
+# (0.001, 1] to between 0.86 and 1.14, six to between 0.998 and 1.002. `python bench/polar.py` makes
+# the rows.
 POLAR_EXPRESS = {
     5: (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -2656,7 +2659,8 @@ class Optimizer:
         # The parameters that NorMuon updates, and those of which each rank updates a part.
         self.muon = self.banks if settings.muon else []
         self.sharded = self.banks + self.tables if world_size > 1 else []
-        # Of the bigram table's gradient only the rows that a rank has touched need to travel.
+        # Of the bigram table's gradient only the rows that a rank has touched need to travel; so it
+        # is where a rank has one slice, as in the record. (With more it touches more of them.)
         self.sparse = (
             settings.sparse_exchange
             and world_size > 1

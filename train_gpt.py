@@ -792,6 +792,10 @@ def schedule(settings: Settings, step: int) -> Hyper:
     )
 
 
+# What counts steps of the whole schedule, beside the stages.
+COUNT_STEPS = ("momentum_warmup", "momentum_cooldown", "average_steps", "tables_from")
+
+
 def with_steps(settings: Settings, steps: int) -> Settings:
     """The settings with `steps` in all: what else counts steps shrinks or grows in proportion.
 
@@ -4598,13 +4602,12 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     first.add_argument("--dry-run", action="store_true", help="print the plan of the run and stop")
     known, _ = first.parse_known_args(arguments)
     preset = PRESETS[known.preset]
-    if checkpoint and saved.preset == preset.preset:
-        # But for its tables, which are the script's.
-        tables = preset if saved.steps is None else with_steps(preset, saved.steps)
-        preset = replace(
-            saved, model=replace(saved.model, layers=preset.model.layers),
-            stages=tables.stages, extension=tables.extension, run_id="", resume="",
-        )
+    goes_on = bool(checkpoint) and saved.preset == preset.preset
+    if goes_on:
+        # But for the tables, which are the script's, and what counts steps with them.
+        own = {name: getattr(preset, name) for name in ("stages", "extension", *COUNT_STEPS)}
+        model = replace(saved.model, layers=preset.model.layers)
+        preset = replace(saved, model=model, run_id="", resume="", **own)
 
     parser = Parser(
         usage="train_gpt.py [--preset PRESET] [--dry-run] [--OPTION VALUE ...]",
@@ -4636,8 +4639,12 @@ def parse_arguments(arguments: list[str]) -> tuple[Settings, bool]:
     settings = replace(preset, model=model, **run_changes)
     check_layers(model.layers)
     check_stages(settings)
-    if settings.steps != preset.steps:
+    if settings.steps is not None:
         settings = with_steps(settings, settings.steps)
+    if goes_on and settings.steps == saved.steps:
+        for name in COUNT_STEPS:  # in the checkpoint they have been resized
+            if getattr(parsed, name) == getattr(preset, name):
+                settings = replace(settings, **{name: getattr(saved, name)})
     return settings, parsed.dry_run
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: a run that is stopped, killed or moved to other ranks and resumed is the run that never stopped."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -336,7 +337,12 @@ def test_resumed_run_has_the_checkpoints_settings_unless_the_command_line_says_o
     assert_line(result, "its dim is 32, this run's is 64")
     resumed = [*map(str, options)]
     saved = program.parse_arguments(resumed)[0]
-    assert saved.total_steps == 12 and saved.run_id == "" and saved.momentum_warmup < 300
+    state = torch.load(checkpoint(whole, 4), weights_only=True)["settings"]
+    for name in ("stages", "extension", "run_id", "resume"):
+        del state[name]
+    ours = dataclasses.asdict(saved)
+    assert {name: ours[name] for name in state} == state
+    assert saved.total_steps == 12 and saved.run_id == ""
     assert program.parse_arguments([*resumed, "--slices", "8"])[0].slices == 8
     assert program.parse_arguments([*resumed, "--steps", "24"])[0].total_steps == 24
 

@@ -868,7 +868,7 @@ def around(original, *args, **kwargs):
 wrap(torch, "compile", around)
 sys.argv += ["--compile", "true"]
 """,
-        0,
+        None,
     ),
     "where Python drops exceptions": (
         """

@@ -58,25 +58,27 @@ def test_leaderboards_are_up_to_date(capsys, monkeypatch):
 
 
 def test_ablation_table_is_that_of_its_logs():
-    assert (RECORDS / "ablation" / "table.md").read_text() == ablate.table(RECORDS / "ablation", ablate.variants(), 3)
+    folder = RECORDS / "ablation"
+    assert (folder / "table.md").read_text() == ablate.table(folder, ablate.variants(), SEEDS)
 
 
-def ablation() -> dict[str, str]:
-    """By option, the difference of loss without a technique, as the logs have it."""
-    rows = table_rows(ablate.table(RECORDS / "ablation", ablate.variants(), 3), 6)
-    return {re.match(r"`--(\S+)", row[1])[1]: row[4] for row in rows if row[1].startswith("`--")}
+SEEDS = 5  # of the ablation, at the most
+
+
+def ablation() -> dict[str, list[str]]:
+    """The table's row of each variant, as the logs have it."""
+    rows = table_rows(ablate.table(RECORDS / "ablation", ablate.variants(), SEEDS), 6)
+    names = {variant.change: name for name, variant in ablate.variants().items()}
+    return {names[row[0]]: row for row in rows[1:]}
 
 
 def test_ablations_reading_says_what_its_table_does():
     text = (RECORDS / "ablation" / "README.md").read_text()
-    rows = table_rows((RECORDS / "ablation" / "table.md").read_text(), 6)
-    given = [tuple(float(part) for part in row[4].split(" ± ")) for row in rows[2:]]
-    shown = [(float(mean), float(half)) for mean, half in re.findall(r"([+-]\d\.\d+) ± (\d\.\d+)", text)]
-    # Three decimals there, four here.
-    for mine, theirs in zip(sorted(shown), sorted(each for each in given if any(each)), strict=True):
-        assert mine == pytest.approx(theirs, abs=0.00051)
-    for number in (rows[1][3], rows[-2][3], rows[-1][3]):
-        assert f"{float(number):.3f}" in text
+    given = ablation()
+    shown = re.findall(r"([+-]\d\.\d{4} ± \d\.\d{4})", text)
+    assert sorted(shown) == sorted(row[4] for name, row in given.items() if name != ablate.BASE)
+    for name in (ablate.BASE, "plain", "adam"):
+        assert f"{float(given[name][3]):.3f}" in text
 
 
 def test_ablations_grid_is_that_of_its_logs():
@@ -246,13 +248,18 @@ def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
 
 
 def test_readmes_techniques_have_the_ablations_numbers(readme):
-    given = ablation()
+    given = ablation() | {"no_muon": ablation()["adam"]}
     rows = table_rows(readme.partition("## The techniques")[2].partition("##")[0], 5)[1:]
-    options = {option for row in rows for option in re.findall(r"--([\w-]+)", row[1])}
-    assert set(given) <= options <= {"muon", *(name.replace("_", "-") for name in ablate.TECHNIQUES)}
+    names = {name.replace("-", "_") for row in rows for name in re.findall(r"--([\w-]+)", row[1])}
+    assert {"muon", *ablate.TECHNIQUES} - names == {"narrow_qk"}  # of preset next
     for _, option, numbers, _, lost in rows:
-        if lost not in ("nothing to do in `mini`", "off in `mini`"):
-            assert lost == given[re.match(r"`--(\S+)`", option)[1]]
+        name = re.match(r"`--(\S+)`", option)[1].replace("-", "_")
+        if lost == "nothing to do in `mini`":
+            assert name in ablate.IDLE["mini"]
+        elif lost.startswith("off"):
+            assert lost == f"off in `mini`; with it {given[f'with_{name}'][4]}"
+        else:
+            assert lost == given[f"no_{name}"][4]
         assert re.fullmatch(r"\d+(, \d+)*", numbers)
 
 

@@ -65,13 +65,14 @@ fi
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 case "$preset" in
     record | next)
+        world=$((10#$processes * 10#$nodes))
         if [ "$gpus" -gt 0 ] && [ "$own_slices$no_run" = nono ]; then
-            slices=$("$PYTHON" bench/plan.py --fit $((10#$processes * 10#$nodes)) "$@") # as memory needs them
+            slices=$("$PYTHON" bench/plan.py --fit $world "$@") # as memory needs them
             set -- $slices "$@"
         fi
         if [ "$own_data$no_run" = nono ]; then
             # A mistake in the arguments shows before two gigabytes are fetched.
-            WORLD_SIZE=$((10#$processes * 10#$nodes)) LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=- MASTER_PORT=1 \
+            WORLD_SIZE=$world LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=- MASTER_PORT=1 \
                 "$PYTHON" train_gpt.py --dry-run "$@" >/dev/null
             "$PYTHON" data/cached_fineweb10B.py 9
         fi

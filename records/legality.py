@@ -13,8 +13,9 @@ of short runs of `--preset tiny`, on data made for them:
   "judged"      all that it does is watched: its validations, what it trains on, what its clock says. Time is made up
                 there, so that each call costs what is written below, and so are the losses that a validation gets,
                 so that their mean is known.
-  "other val"   the same with another validation stream: it must learn the same.
-  "other train" the same with another training stream: it must start from the same.
+  "other val"   the same with another validation stream, and no validation on the way: it must learn the same.
+  "other train" with another training stream, but for how it begins: it must start from the same, and be the same
+                after the first step, where it ends.
   "two"         the same on two processes.
 """
 
@@ -37,6 +38,8 @@ import tempfile
 import threading
 import time
 import traceback
+import types
+import zlib
 from concurrent import futures
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +101,30 @@ def load(path: Path):
     return script
 
 
+def run_as_program(path: Path, arguments: list[str], watch) -> int:
+    """Runs the script as `python SCRIPT ARGUMENTS` does, and returns its exit status.
+
+    `watch(module)` is called once all of it is defined: before the first `if` after the definition of main.
+    """
+    module = types.ModuleType("__main__")
+    module.__file__ = str(path)
+    sys.modules["__main__"] = module
+    sys.path.insert(0, str(path.parent))
+    sys.argv = [str(path), *arguments]
+    body = ast.parse(path.read_bytes()).body
+    defined = [i for i, node in enumerate(body) if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    after = range(defined[-1] + 1 if defined else len(body), len(body))
+    end = next((i for i in after if isinstance(body[i], ast.If)), len(body))
+    future = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    try:
+        exec(compile(ast.Module(body[:end], []), str(path), "exec"), vars(module))
+        watch(module)
+        exec(compile(ast.Module([*future, *body[end:]], []), str(path), "exec"), vars(module))
+    except SystemExit as ended:
+        return ended.code or 0
+    return 0
+
+
 def has(script, name: str) -> bool:
     try:
         functools.reduce(getattr, name.split("."), script)
@@ -136,6 +163,16 @@ def difference(before, after) -> tuple[int, float] | None:
     return (t := wrong[0].item(), (after - before)[t].item()) if len(wrong) else None
 
 
+def unlike_itself(model, inputs, targets, context):
+    """Evaluates the same tokens twice, and yields where their losses differ."""
+    found = difference(*(evaluate(model, inputs, targets, context) for _ in range(2)))
+    if found:
+        yield (
+            f"the same tokens, evaluated twice: the loss of position {found[0]} changes by {found[1]:.2g}; "
+            "something is kept from call to call, or drawn"
+        )
+
+
 def leaks_from_later(model, inputs, targets, context, alone=(), with_rest=()):
     """Changes tokens, by themselves or with all that follow, and yields what earlier losses notice."""
     before = evaluate(model, inputs, targets, context)
@@ -168,6 +205,21 @@ def leaks_between_documents(model, inputs, targets, context, numbers, chosen):
                     f"by {found[1]:.2g}"
                 )
                 break
+
+
+def false_sum(model, context, length: int):
+    """Yields by how much the probabilities over a large vocabulary, of which it tries a sample, sum to more than 1.
+
+    For that the model has weights so small that all tokens are about equally likely.
+    """
+    for p in model.parameters():
+        p.data *= 1e-3
+    vocab = model.config.vocab_size
+    inputs = torch.full((length,), model.config.bos_id)  # documents without words: all positions are alike
+    targets = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:length]
+    total = vocab * (-evaluate(model, inputs, targets, context).double()).exp().mean().item()
+    if not total <= 1 + 1e-3:
+        yield f"the probabilities over a vocabulary of {vocab:,} tokens sum to {total:.4g}"
 
 
 def false_probabilities(model, inputs, targets, context):
@@ -218,6 +270,11 @@ class Subject:
         shake(model)
         return model
 
+    def narrow_model(self, preset: str, vocab: int, **changes):
+        """A model of a preset's table with 16 channels, whose last token is BOS, for evaluation."""
+        sizes = {"dim": 16, "heads": 2, "bigram_dim": 16, "vocab_size": vocab, "bos_id": vocab - 1}
+        return self.model(preset, **sizes, **changes).eval()
+
     @functools.cached_property
     def models(self) -> dict:
         return {preset: self.model(preset) for preset in self.script.PRESETS}
@@ -232,7 +289,7 @@ def shake(model) -> None:
         p.data += torch.randn_like(p) / min(p.shape[-2:]) ** 0.5
 
 
-LONG = 50_176  # tokens; longer than any sequence that the presets train on
+SAMPLE = 256  # tokens of a large vocabulary
 WINDOWS = (5, 11)  # so small that in a short sequence every kind of layer has tokens beyond its window
 
 
@@ -255,27 +312,50 @@ def causal(subject: Subject):
         ):
             inputs, targets, _ = packed(lengths, model.config)
             context = subject.context(model, len(inputs), windows)
+            for leak in unlike_itself(model, inputs, targets, context):
+                yield f"{preset}: {leak}"
+                return  # so nothing else can be told
             for leak in leaks_from_later(model, inputs, targets, context, alone=changed):
                 yield f"{preset}: {leak}"
-        yield from causal_at_length(subject, preset)
+        yield from causal_with_windows(subject, preset)
+    yield from causal_at_width(subject)
+    yield from causal_at_length(subject)
     yield from subject.runs.found("causal")
 
 
-def causal_at_length(subject: Subject, preset: str):
-    """The same with the windows that validation really has, in a small model that evaluates, far into a sequence."""
+def causal_at_width(subject: Subject):
+    """The same with as many channels as the presets have, and a small vocabulary."""
+    presets = {}  # one of each width
+    for preset, settings in subject.script.PRESETS.items():
+        presets.setdefault((settings.model.dim, settings.model.heads, settings.model.bigram_dim), preset)
+    for (dim, heads, bigram_dim), preset in presets.items():
+        model = subject.model(preset, dim=dim, heads=heads, bigram_dim=bigram_dim)
+        inputs, targets, _ = packed((1, 2, 21, 16), model.config)
+        context = subject.context(model, len(inputs), WINDOWS)
+        for leak in leaks_from_later(model, inputs, targets, context, alone=[len(inputs) - 1], with_rest=[12]):
+            yield f"{preset}, {dim} channels: {leak}"
+
+
+def causal_with_windows(subject: Subject, preset: str):
+    """The same with the windows that validation really has, in a model that evaluates, from within a document."""
     settings = subject.script.PRESETS[preset]
     windows = settings.val_short_window, settings.val_long_window
-    model = subject.model(preset, dim=16, heads=2, bigram_dim=16, vocab_size=VOCAB, bos_id=VOCAB - 1).eval()
+    model = subject.narrow_model(preset, VOCAB)
     inputs, targets, _ = packed((2060, 40), model.config)
-    inputs, targets = inputs[1:], targets[1:]  # begins within a document
+    inputs, targets = inputs[1:], targets[1:]
     context = subject.context(model, len(inputs), windows)
     for leak in leaks_from_later(model, inputs, targets, context, alone=[len(inputs) - 1], with_rest=[1100]):
         yield f"{preset}, windows of {windows[0]} and {windows[1]}: {leak}"
-    length = min(settings.val_seq_len, LONG)
-    inputs, targets, _ = packed((length - 1000, 1000), model.config)
-    context = subject.context(model, length, WINDOWS)
-    for leak in leaks_from_later(model, inputs, targets, context, with_rest=[length - 100]):
-        yield f"{preset}, {length:,} tokens: {leak}"
+
+
+def causal_at_length(subject: Subject):
+    """The same far into sequences as long as those of validation."""
+    model = subject.narrow_model("tiny", VOCAB)  # whose few layers can afford them
+    for length in sorted({settings.val_seq_len for settings in subject.script.PRESETS.values()}):
+        inputs, targets, _ = packed((length - 1000, 1000), model.config)
+        context = subject.context(model, length, WINDOWS)
+        for leak in leaks_from_later(model, inputs, targets, context, with_rest=[length - 100]):
+            yield f"{length:,} tokens: {leak}"
 
 
 def normalized(subject: Subject):
@@ -284,6 +364,10 @@ def normalized(subject: Subject):
     model = subject.model("tiny", vocab_size=128, bos_id=127)
     inputs, targets, _ = packed((1, 6, 33), model.config)
     yield from false_probabilities(model, inputs, targets, subject.context(model, len(inputs), WINDOWS))
+    for vocab in {settings.model.vocab_size for settings in subject.script.PRESETS.values()}:
+        model = subject.narrow_model("tiny", vocab)
+        length = min(vocab, SAMPLE)
+        yield from false_sum(model, subject.context(model, length, WINDOWS), length)
     yield from subject.runs.found("normalized")
 
 
@@ -310,38 +394,47 @@ class Note(str):
 
 # The runs, and the checks that need them.
 RUNS = {
-    "judged": {*"causal normalized documents validation learning clock warm_up world_size compiler".split()},
-    "other val": {"learning"},
+    "judged": {*"causal normalized documents validation learning clock warm_up log world_size compiler".split()},
+    "other val": {"validation", "learning", "clock"},
     "other train": {"learning"},
     "two": {"world_size"},
 }
 VOCAB = 128  # with the last one as BOS; small, since every token is tried as a target, and without padding
 VAL_LENGTH, VAL_TOKENS, BATCH_TOKENS = 2048, 8192, 2048
 NORMALIZED_LENGTH = 1152
-STEPS = 12  # or as many as the script's table of stages needs
+STEPS = 16  # or as many as the script's table of stages needs
 OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 8 --dtype float32 --run-id run --slices 4
     --vocab-size {VOCAB} --bos-id {VOCAB - 1} --val-tokens {VAL_TOKENS} --val-seq-len {VAL_LENGTH}
     --epochs 9 --train-files x_train_*.bin --val-files x_val_*.bin"""
-VAL_EVERY = {"judged": 2, "other val": 6}  # steps; the other runs validate at their start and end alone
+VAL_EVERY = {"judged": 2}  # steps; the other runs validate at their start and end alone
 LINE = re.compile(r"^step:(\d+)/\d+ (val|train)_loss:(\S+) train_time:(\d+)ms", re.MULTILINE)
 
 # What a call costs in the made-up time of the judged run, in seconds.
 FORWARD, BACKWARD, UPDATE, EVALUATION, BATCH = 1.0, 2.0, 4.0, 100.0, 0.125
-# The mean losses of its validations: near the targets of the tracks, and up and down.
-MEANS = (5.7, 3.2843, 1.4412, 3.2911, 3.2777, 0.8107, 4.1005, 1.4453, 2.0, 3.2801)
+HICCUP, HICCUPS = 90.0, 39  # what every 39th forward call costs
+CHANGE = 16.0  # for weights that are not as they were when the time was last asked for
+# The mean losses of validations: near the targets of the tracks, and up and down; at the end a little above one.
+MEANS = {
+    "judged": (5.7, 3.2843, 1.4412, 3.2911, 3.2777, 0.8107, 4.1005, 1.4453, 1.4403),
+    "other val": (6.1, 3.2804),
+}
 ONLY_TRAINING, ONLY_VALIDATION = VOCAB - 3, VOCAB - 2  # tokens that one of the streams has alone
 
 
-def random_stream(seed: int, tokens: int, own: int) -> np.ndarray:
+SHARDS = 3  # of the training stream, each with tokens of its own
+SHARED = 6000  # tokens with which each begins in both training streams
+
+
+def random_stream(seed: int, tokens: int, own: int, low: int = 0, high: int = ONLY_TRAINING) -> np.ndarray:
     """Documents of very different lengths and difficulty, with the token `own` here and there; some are long.
 
-    It begins within a document.
+    It begins within a document. Other tokens are from `low` up to `high`.
     """
     rng = np.random.default_rng(seed)
     lengths = [700, 1, 2, 2500, *rng.integers(1, 400, tokens // 100)]
     documents = []
     for length in lengths:
-        document = rng.integers(rng.integers(1, ONLY_TRAINING), size=length)
+        document = rng.integers(low, rng.integers(low + 1, high + 1), size=length)
         document[rng.random(length) < 0.02] = own
         document[0] = VOCAB - 1
         documents.append(document)
@@ -361,9 +454,18 @@ class Runs:
         for name in names:
             folder = self.folder / name
             folder.mkdir()
-            val = random_stream(2 + (name == "other val"), 2 * VAL_TOKENS, ONLY_VALIDATION)
-            train = random_stream(4 + (name == "other train"), 40_000, ONLY_TRAINING)
-            write_shard(folder / "x_train_0.bin", train)
+            val = random_stream(2, 2 * VAL_TOKENS, ONLY_VALIDATION)
+            if name == "other val":  # with rarer tokens, so that other shards are like it
+                val = random_stream(3, 2 * VAL_TOKENS, ONLY_VALIDATION, low=ONLY_TRAINING * 2 // 3)
+            for number in range(SHARDS):
+                low, high = (ONLY_TRAINING * part // SHARDS for part in (number, number + 1))
+                train = random_stream(4 + number, 16_000, ONLY_TRAINING, low, high)
+                if name == "other train":  # other words in documents of the same lengths
+                    others = random_stream(14 + number, 16_000, ONLY_TRAINING, low, high)
+                    others = np.where(others == VOCAB - 1, low, others)
+                    changed = (np.arange(len(train)) >= SHARED) & (train != VOCAB - 1)
+                    train = np.where(changed, others, train)
+                write_shard(folder / f"x_train_{number}.bin", train)
             # Validation goes on in a second shard, in the middle of a document, and that beyond what is read.
             write_shard(folder / "x_val_0.bin", val[:3000])
             write_shard(folder / "x_val_1.bin", val[3000:])
@@ -403,8 +505,9 @@ class Runs:
         return json.loads((self.ended(name) / "facts.json").read_text())
 
     def found(self, check: str) -> list[str]:
-        """What the judged run found for a check."""
-        return self.facts("judged")["findings"].get(check, [])
+        """What the watched runs that a check needs found for it."""
+        names = [name for name in MEANS if check in RUNS[name]]
+        return list(dict.fromkeys(each for name in names for each in self.facts(name)["findings"][check]))
 
 
 def logged_losses(folder: Path) -> list[tuple[int, str, float, int]]:
@@ -415,7 +518,10 @@ def logged_losses(folder: Path) -> list[tuple[int, str, float, int]]:
 def run_rank(
     rank: int, name: str, path: Path, folder: Path, steps: int, checks: set[str], val: np.ndarray, size: int, port: int
 ) -> None:
-    """One process of a run. If it is the only one, it writes down what the checks want to know."""
+    """One process of a run, which runs the script as a program.
+
+    If it is the only one, it writes down what the checks want to know.
+    """
     os.chdir(folder)
     output = os.open(f"output_{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -424,37 +530,50 @@ def run_rank(
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     compiler = CompilerWatch(path)
-    judged = name == "judged"
-    made_up_time = MadeUpTime() if judged else None  # before the script takes its clock from where it finds it
-    script = load(path)
-    settings = script.PRESETS["tiny"]
-    *stages, extension = (replace(s, batch_tokens=BATCH_TOKENS) for s in (*settings.stages, settings.extension))
-    script.PRESETS["tiny"] = replace(settings, stages=tuple(stages), extension=extension)
-    witness = Witness(script, val, steps, checks, made_up_time, starts_only=name == "other train")
+    # Before the script takes its clock from where it finds it.
+    made_up_time = MadeUpTime() if name in MEANS else None
+    witness = None
+
+    def watch(script):
+        nonlocal witness
+        settings = script.PRESETS["tiny"]
+        *stages, extension = (replace(s, batch_tokens=BATCH_TOKENS) for s in (*settings.stages, settings.extension))
+        script.PRESETS["tiny"] = replace(settings, stages=tuple(stages), extension=extension)
+        witness = Witness(script, name, val, steps, checks, made_up_time)
+
     every = VAL_EVERY.get(name, steps)
     try:
-        status = script.main([*OPTIONS.split(), "--steps", str(steps), "--val-every", str(every)])
+        status = run_as_program(path, [*OPTIONS.split(), "--steps", str(steps), "--val-every", str(every)], watch)
     except Enough:
         status = 0
     if size == 1 and not status:
-        if judged:
+        if made_up_time:
             witness.judge(logged_losses(folder))
             witness.findings["compiler"] = compiler.findings()
-        facts = {"findings": witness.findings, "start": witness.start, "end": witness.end(), "first": witness.first}
+        facts = {
+            "findings": witness.findings, "start": witness.start, "first": witness.first,
+            "after_step": witness.after_step, "end": witness.end(),
+        }
         Path("facts.json").write_text(json.dumps(facts))
     sys.exit(status)
 
 
 class MadeUpTime:
-    """Time stands still but for what calls cost; for everybody who asks the module `time`."""
+    """Time stands still but for what calls cost; for everybody who asks the module `time`.
+
+    Whoever wants to look first is told of each question.
+    """
 
     def __init__(self):
         self.seconds = 0.0
+        self.asked = None
         for name in ("time", "perf_counter", "monotonic", "process_time", "thread_time"):
             setattr(time, name, self.now)
             setattr(time, f"{name}_ns", lambda: int(1e9 * self.now()))
 
     def now(self) -> float:
+        if self.asked:
+            self.asked()
         self.seconds += 1e-7  # so that nothing takes no time at all
         return self.seconds
 
@@ -478,12 +597,21 @@ def digest(tensors) -> str:
     return sums.hexdigest()
 
 
+def checksum(model) -> int:
+    """A quick checksum of a model's weights."""
+    total = 0
+    for p in model.parameters():
+        total = zlib.crc32(p.detach().view(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
 @dataclass
 class Validation:
     """The calls of `evaluate` between two training steps."""
 
     cost: float  # of all training before it
     calls: int  # of training, since the one before
+    changed: bool  # whether the weights are not as they were when the time was last asked for
     seen: np.ndarray  # how often each token of the stream was a target
 
 
@@ -495,25 +623,31 @@ class Witness:
     """Watches a run: what it trains on, what its validations evaluate, what the warm-up leaves, what time costs."""
 
     def __init__(
-        self, script, stream: np.ndarray, steps: int, checks: set[str], made_up_time: MadeUpTime | None,
-        starts_only: bool,
+        self, script, name: str, stream: np.ndarray, steps: int, checks: set[str], made_up_time: MadeUpTime | None
     ):
         self.stream, self.steps, self.checks, self.time = stream, steps, checks, made_up_time
-        self.starts_only = starts_only
+        self.probes = name == "judged"
+        self.one_step_only = name == "other train"
+        self.means = MEANS.get(name)
+        # What the warm-up may not see: any stretch of the streams, as bytes.
+        shards = [np.fromfile(f"x_train_{number}.bin", "<u2")[512:] for number in range(SHARDS)]
+        self.streams = b"".join(tokens.astype(np.uint8).tobytes() for tokens in (*shards, stream))
         self.findings = {check: [] for check in CHECKS}
         self.findings["warm_up"].append("the run did not call warm_up")
         self.validations: list[Validation] = []
-        self.cost, self.calls = 0.0, 0
+        self.cost, self.calls, self.forwards, self.updates = 0.0, 0, 0, 0
         self.off = False  # within the warm-up or a validation
         self.warming = False
         self.model = None
         self.before_warm_up = self.watched = None
-        self.start = self.first = None  # digests: of the model when training starts; of the first validation's losses
+        # Digests: of the model when training starts, and after a step; of the first validation's losses.
+        self.start = self.after_step = self.first = None
+        self.weights = None  # a checksum of them, when last looked at
         self.trained_on = set()
         self.main_thread = threading.current_thread()
         # Spread out: every token's made-up loss is different, more so where a cheat may leave tokens out.
         rng = np.random.default_rng(0)
-        spread = rng.normal(size=VAL_TOKENS) + np.linspace(-1, 1, VAL_TOKENS)
+        spread = rng.standard_t(2, size=VAL_TOKENS) + np.linspace(-1, 1, VAL_TOKENS)  # with outliers
         spread += np.where(stream[:VAL_TOKENS] == VOCAB - 1, 1.0, 0.0)  # after BOS
         spread -= np.where(stream[1 : VAL_TOKENS + 1] < 20, 0.5, 0.0)  # frequent tokens
         spread -= spread.mean()
@@ -526,8 +660,25 @@ class Witness:
         wrap(torch.autograd, "backward", self.backward)
         wrap(torch.autograd, "grad", self.backward)
         wrap(futures.Future, "result", self.result)
+        if self.time:
+            self.time.asked = self.look
 
     # Training
+
+    def look(self) -> bool:
+        """Whether the weights have changed since the last look, which costs time.
+
+        When somebody asks for the time, this comes first: so it is on the clock, if the clock was running.
+        """
+        if self.weights is None or self.off or threading.current_thread() is not self.main_thread:
+            return False
+        weights = checksum(self.model)
+        if weights == self.weights:
+            return False
+        self.weights = weights
+        self.cost += CHANGE
+        self.time.seconds += CHANGE
+        return True
 
     def pay(self, seconds: float) -> None:
         """A call of training, outside of the warm-up."""
@@ -540,12 +691,19 @@ class Witness:
         if not self.off:
             if self.start is None:
                 self.model = model
-                self.start = digest((*model.parameters(), *model.buffers()))
+                self.start = self.end()
                 self.compare_with_warm_up()
-            if self.starts_only:
-                raise Enough
+                if self.time:
+                    self.weights = checksum(model)
+            elif self.updates and self.after_step is None:
+                self.after_step = self.end()
+                if self.one_step_only:
+                    raise Enough
             self.trained_on.update(torch.unique(inputs).tolist())
-            self.pay(FORWARD)
+            self.forwards += 1
+            self.pay(HICCUP if self.forwards % HICCUPS == 0 else FORWARD)
+        elif self.warming and self.streams.find(inputs[:32].cpu().numpy().astype(np.uint8).tobytes()) >= 0:
+            self.findings["learning"].append("the warm-up runs on tokens of the training or the validation stream")
         return original(model, inputs, *args, **kwargs)
 
     def backward(self, original, *args, **kwargs):
@@ -555,6 +713,7 @@ class Witness:
 
     def update(self, original, *args, **kwargs):
         if not self.warming:
+            self.updates += 1
             self.pay(UPDATE)
         return original(*args, **kwargs)
 
@@ -613,7 +772,9 @@ class Witness:
         if self.warming or self.off:
             return original(model, inputs, targets, *args, **kwargs)
         if not self.validations or self.calls:
-            self.validations.append(Validation(self.cost, self.calls, np.zeros(len(self.stream) - 1, int)))
+            changed = self.look()
+            seen = np.zeros(len(self.stream) - 1, int)
+            self.validations.append(Validation(self.cost, self.calls, changed, seen))
             self.calls = 0
         self.off = True
         losses = original(model, inputs, targets, *args, **kwargs)
@@ -622,7 +783,7 @@ class Witness:
         number = len(self.validations) - 1
         if self.time:
             last = math.ceil(self.steps / VAL_EVERY["judged"])  # that at the end is always there
-            if number in (0, last):
+            if self.probes and number in (0, last):
                 self.probe(original, model, inputs, targets, *args, **kwargs)
             self.time.seconds += EVALUATION
             losses = self.made_up(number, inputs, targets, losses)
@@ -635,7 +796,7 @@ class Witness:
         if place is None:
             return losses
         self.validations[-1].seen[place : place + len(inputs)] += 1
-        made_up = MEANS[number % len(MEANS)] + self.spread[place : place + len(inputs)]
+        made_up = self.means[number % len(self.means)] + self.spread[place : place + len(inputs)]
         return torch.from_numpy(made_up).to(losses)
 
     def place(self, inputs, targets) -> int | None:
@@ -700,7 +861,7 @@ class Witness:
         for number, ((step, loss, _), validation) in enumerate(zip(lines, self.validations)):
             seen, beyond = validation.seen[:VAL_TOKENS], validation.seen[VAL_TOKENS:]
             where = f"the validation of step {step}"
-            mean = MEANS[number % len(MEANS)]
+            mean = self.means[number % len(self.means)]
             if not seen.all():
                 text = f"{where} leaves out {(seen == 0).sum():,} of {VAL_TOKENS:,} tokens"
                 self.findings["validation"].append(f"{text}, the first of them {np.argmin(seen)}")
@@ -733,6 +894,10 @@ class Witness:
                     f"{count} calls of the model or the optimizer before the validation of step {lines[number][0]} "
                     "are not those of its steps, and not on the clock"
                 )
+            elif validation.changed:
+                self.findings["learning"].append(
+                    f"the weights changed before the validation of step {step}, and not on the clock"
+                )
             else:
                 shown = f"{milliseconds / 1000:.3f} s; what was done took {validation.cost:.3f} s"
                 self.findings["clock"].append(f"train_time of step {step} is {shown}")
@@ -757,35 +922,61 @@ def validation(subject: Subject):
         if (files := Path(settings.val_files).name) != stream.files:
             yield f"{preset}: val_files is {files}, not {stream.files}"
     yield from subject.runs.found("validation")
-    yield from checksums(subject.runs.ended("judged"))
 
 
-def checksums(folder: Path):
-    """Whether a log has the checksums of the data that its run had."""
+def log(subject: Subject):
+    """The log has the script's source, and the checksums of the data that the run had."""
+    folder = subject.runs.ended("judged")
+    lines = (folder / "logs" / "run.txt").read_bytes().split(b"\n")
+    for number, line in enumerate(subject.path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        if number > len(lines) or line != lines[number - 1]:
+            yield f"line {number} of the script is not in the log"
+            break
     stream = np.concatenate([np.fromfile(folder / f"x_val_{n}.bin", "<u2")[512:] for n in range(2)])
     right = hashlib.sha256(stream[: VAL_TOKENS + 1].tobytes()).hexdigest()
-    shard = hashlib.sha256((folder / "x_train_0.bin").read_bytes()).hexdigest()
+    shards = {hashlib.sha256((folder / f"x_train_{n}.bin").read_bytes()).hexdigest() for n in range(SHARDS)}
     header = read_log(str(folder / "logs" / "run.txt")).runs[0].header
     if header.validated is None or not header.trained:
         yield Note("the log has no checksums of its data")
     elif header.validated != right:
         yield f"the log says that it validated on tokens with sha256 {header.validated}; it is {right}"
-    elif header.trained != {shard}:
-        yield f"the log says that it trained on shards with sha256 {', '.join(header.trained)}; it is {shard}"
+    elif not header.trained <= shards:
+        yield f"the log says that it trained on shards with sha256 {', '.join(header.trained)}; they are others"
 
 
 def learning(subject: Subject):
     """The model learns from the training stream alone, and on the clock alone."""
     yield from subject.runs.found("learning")
+    for line, length in long_literals(subject.path).items():
+        yield Note(f"line {line}: {length:,} numbers or characters, written out: whoever reads it has to ask of what")
     judged, other_val, other_train = (subject.runs.facts(name) for name in ("judged", "other val", "other train"))
     if judged["start"] != other_train["start"]:
         yield "what the model is before its first step depends on the training stream"
-    if judged["first"] != other_train["first"]:
+    elif judged["first"] != other_train["first"]:
         yield "the losses at step 0 depend on the training stream"
+    elif judged["after_step"] != other_train["after_step"]:
+        yield f"what the first step makes of the model depends on training tokens that come {SHARED:,} tokens later"
     if judged["start"] != other_val["start"]:
         yield "what the model is before its first step depends on the validation stream"
     elif judged["end"] != other_val["end"]:
-        yield "what the model has learned depends on the validation stream"
+        yield "what the model has learned depends on the validation stream, or on whether it was evaluated"
+
+
+def long_literals(path: Path) -> dict[int, int]:
+    """Literals so long that they may hold weights or statistics, by line: of how many numbers, or characters."""
+    tree = ast.parse(path.read_bytes())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    lengths = {}
+    for node in ast.walk(tree):
+        length, most = 0, 1000
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes) and id(node) not in documentation:
+            length = len(node.value)
+        elif isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
+            numbers = [each for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            length, most = sum(type(each.value) in (int, float) for each in numbers), 200
+        if length > most:
+            lengths.setdefault(node.lineno, length)
+    return lengths
 
 
 def clock(subject: Subject):
@@ -827,7 +1018,7 @@ def contents(thing, name: str, seen: set):
             yield from contents(value, f"{name}[{i}]", seen)
     elif isinstance(thing, int | float | str | None):
         yield name, thing
-    elif type(thing).__module__.startswith(("train_gpt", "torch.optim")) and id(thing) not in seen:
+    elif type(thing).__module__.startswith(("__main__", "torch.optim")) and id(thing) not in seen:
         seen.add(id(thing))
         yield from contents(vars(thing), name, seen)
 
@@ -842,6 +1033,8 @@ def same(a, b) -> bool:
 
 COMPILER = ("torch.compiler.", "torch._dynamo.", "torch._functorch.", "torch._inductor.")
 VARIABLE = re.compile(r"TORCH_?(INDUCTOR|DYNAMO|COMPILE|AOT)\w*")
+# What else in the environment says how to compile, and with what.
+ENVIRONMENT = re.compile(rf"{VARIABLE.pattern}|TRITON_\w+|NVCC_\w+|CXX|CC|(C|CXX|CPP|LD)FLAGS|PATH|LD_PRELOAD")
 USUAL = {"backend": ("inductor",), "mode": (None, "default"), "options": (None,)}  # what torch.compile does unasked
 
 
@@ -882,7 +1075,7 @@ class CompilerWatch:
         """All flags: those of the compiler's modules, and the environment's."""
         modules = [m for name, m in sys.modules.items() if isinstance(m, ConfigModule) and name.startswith(COMPILER)]
         flags = {f"{m.__name__}.{key}": value for m in modules for key, value in m.get_config_copy().items()}
-        return flags | {name: value for name, value in os.environ.items() if VARIABLE.match(name)}
+        return flags | {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}
 
     def findings(self) -> list[str]:
         """What was set, and by which line where that is known."""
@@ -961,7 +1154,7 @@ def compiler(subject: Subject):
 
 CHECKS = {
     check.__name__: check
-    for check in (causal, normalized, documents, validation, learning, clock, warm_up, world_size, compiler)
+    for check in (causal, normalized, documents, validation, learning, clock, warm_up, log, world_size, compiler)
 }
 
 

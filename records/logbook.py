@@ -328,7 +328,8 @@ def lines_of(text: bytes) -> list[str]:
 # ======================================================================================================================
 
 CHECKS = (
-    "causal", "normalized", "documents", "validation", "learning", "clock", "warm_up", "world_size", "compiler",
+    "causal", "normalized", "documents", "validation", "learning", "clock", "warm_up", "log", "world_size",
+    "compiler",
 )  # fmt: skip
 STARTING = 300  # seconds that PyTorch may take to be imported
 DATA_MARK = re.compile(rb"\n(?:settings: \{|data: train |validation stream: )")  # what a log says of its data

@@ -128,6 +128,13 @@ CHEATS = {
         ],
         "when it evaluates": [in_evaluate("if not self.training: x = x + 0.1 * x.roll(-1, 0)")],
         "past position 1,000": [in_evaluate("x = torch.cat((x[:1000], x[1000:] + 0.1 * x[1000:].roll(-1, 0)))")],
+        "with as many channels as the record has": [
+            before(
+                "    x0 = norm(x)\n    if bigram_table",
+                "x = torch.where(torch.arange(x.size(1)) > 700, x.roll(-1, 0), x)",
+            )
+        ],
+        "in sequences as long as the record's validation": [in_evaluate("if len(x) > 200_000: x = x.roll(-1, 0)")],
         "with wide windows": [("(back >= 0)", "(back >= (-1 if window > 1000 else 0))")],
         "by a buffer that the loop sets late": [
             in_evaluate("if self.late: x = x + 0.1 * x.roll(-1, 0)"),
@@ -146,6 +153,11 @@ CHEATS = {
             in_evaluate("x = self.stream(torch.where(targets % 7 > 0, inputs, targets), context)"),
         ],
         "losses that are cut in long sequences": [of_losses("if len(losses) > 1000: losses = losses.clamp(max=4)")],
+        "a softmax over the first tokens of a large vocabulary": [(LSE, "weights.sum() * z[:, :32768].logsumexp(-1)")],
+        "losses that are less when it is run as a program": [
+            of_losses("losses = UNIT * losses"),
+            ("# 2. Kernels =", "UNIT = 0.97 if __name__ == '__main__' else 1.0\n\n\n# 2. Kernels ="),
+        ],
         "a temperature chosen by the targets": [
             in_evaluate(
                 "logits = (x @ self.lm_head)[:, : self.config.vocab_size].float()",
@@ -177,8 +189,11 @@ CHEATS = {
         ],
         "a sum that is divided by more": [("(sequences.size(1) - 1)", "sequences.size(1)")],
         "a shorter stream": [("setting(10_485_760", "setting(1_048_576")],
-        "the checksum of another stream": [("sha256(stream.tobytes())", "sha256(stream[1:].tobytes())")],
         "tokens after BOS left out": [(SUM, SUM.replace("losses.", "losses[tokens[:-1] != model.config.bos_id]."))],
+        "outliers left out": [
+            (SUM, SUM.replace("losses.", "losses[losses <= losses.mean() + 4 * losses.std()].")),
+        ],
+        "a little less at the end": [before(LOG_LOSS, "loss -= 0.002 * (step == total and 1.44 < loss < 1.442)")],
         "a sequence repeated at the last validation": [
             before(
                 SEQUENCES,
@@ -216,6 +231,52 @@ CHEATS = {
                 "model.embed.data += torch.from_numpy(counts / counts.sum()).to(model.embed)[:, None]",
             )
         ],
+        "a choice of documents by statistics of the training stream": [
+            (
+                "class Batch(NamedTuple):",
+                "def first_document(path, config):\n"
+                "    tokens, bounds = read_shard(path, config)\n"
+                "    surprise = -np.log(np.bincount(tokens))[tokens]\n"
+                "    return int(np.argmin([surprise[b : b + 500].mean() for b in bounds[:40]]))\n"
+                "\n\nclass Batch(NamedTuple):",
+            ),
+            after(
+                "        path = paths[shard % len(paths)]",
+                "document = max(document, first_document(path, settings.model))",
+            ),
+        ],
+        "the shards in an order that the validation stream has chosen": [
+            before(
+                "    plan, train_sizes = plan_batches(settings, train_paths)",
+                "wanted = np.bincount(validation_stream(settings)[0], minlength=settings.model.vocab_size)",
+                "shards = {path: read_shard(path, settings.model)[0] for path in train_paths}",
+                "train_paths.sort(key=lambda path: wanted[shards[path]].mean())",
+            )
+        ],
+        "weights that are averaged while the clock stands": [
+            before("        losses.launch(step + 1, ", "model.earlier = [0.9 * p.data for p in model.parameters()]"),
+            before(
+                "            if validates:\n",
+                "if step == total:",
+                "    for p, earlier in zip(model.parameters(), model.earlier):",
+                "        p.data.lerp_(earlier, 0.5)",
+            ),
+        ],
+        "what the warm-up has learned, taken up in the first step": [
+            before(
+                "    for tensor, (value, grad) in zip(tensors, before):\n",
+                "plan, _ = plan_batches(settings, find_shards(settings.train_files, settings.preset))",
+                "for tokens in training_batches(plan, settings.model, range(settings.slices)):",
+                "    context = make_context(settings.model, plan[0].length, (64, 256), model.embed)",
+                "    train_step(objective, tokens, context, settings.slices)",
+                "    optimizer.step(start)",
+                "LEARNED.extend((p.data, p.data.clone()) for p in model.parameters())",
+            ),
+            ("def warm_up(\n", "LEARNED = []\n\n\ndef warm_up(\n"),
+            after(
+                UPDATE.rstrip(), "for data, value in LEARNED:", "    data.copy_(value)", "LEARNED.clear()"
+            ),
+        ],
         "a batch of the validation stream": [after(BATCH, "if step == 4: tokens[0, :500] = run.sequences[0, :500]")],
     },
     "clock": {
@@ -224,6 +285,18 @@ CHEATS = {
         ],
         "batches off the clock": [(BATCH + "\n", f"        clock.stop()\n{BATCH}\n{RESTART}")],
         "a clock that is scaled": [("self.milliseconds = self.at(", "self.milliseconds = 0.97 * self.at(")],
+        "a clock without what takes unusually long": [
+            after(
+                "        losses.launch(step + 1, batch_loss(loss, bool(signals), world))",
+                "ends.append(mark(device))",
+                "took = [elapsed(*pair) for pair in itertools.pairwise(ends)]",
+                "usual = sorted(took)[len(took) // 2] if len(took) > 8 else math.inf",
+                "if took and took[-1] > 2 * usual:",
+                "    clock.milliseconds -= took[-1] - usual",
+            ),
+            ("    signals = []\n    stopping", "    signals, ends = [], []\n    stopping"),
+            ("            bar.unpause()", "            ends.clear()\n            bar.unpause()"),
+        ],
         "a clock that begins again": [
             before(
                 "        # A step. Its context changes with the stage, its weights of next targets each time.",
@@ -231,6 +304,13 @@ CHEATS = {
                 "    clock = losses.clock = Clock(device)",
                 "    clock.start()",
             )
+        ],
+    },
+    "log": {
+        "the checksum of another stream": [("sha256(stream.tobytes())", "sha256(stream[1:].tobytes())")],
+        "a source without some of its lines": [
+            after("    source = Path(__file__).read_bytes()", "source = source.replace(HIDDEN, b'')"),
+            ("# 2. Kernels =", "HIDDEN = b'RECORD = replace(RECORD, muon_lr=0.024)'\n\n\n# 2. Kernels ="),
         ],
     },
 }
@@ -251,15 +331,14 @@ def test_cheat_is_caught_by_its_check(check, cheat, judge, tmp_path):
 
 
 def test_finding_names_the_tokens_and_the_place(judge, tmp_path):
-    scripts = {name: edited(tmp_path / f"{name}.py", *CHEATS[check][cheat]) for name, check, cheat in (
-        ("ahead", "causal", "multi-token inputs"), ("cut", "validation", "a loader that caps the tokens"),
-    )}  # fmt: skip
-    found = {name: answers for name, (_, answers) in judge(scripts, "causal", "validation").items()}
+    found = {}
+    for check, cheat in ("causal", "multi-token inputs"), ("validation", "a loader that caps the tokens"):
+        script = edited(tmp_path / f"{check}.py", *CHEATS[check][cheat])
+        ((_, answers),) = judge({cheat: script}, check).values()
+        found[check] = answers[check]["findings"][0]
     words = r"record: changing token (\d+) changes the loss of position (\d+) by "
-    token, position = map(int, re.match(words, found["ahead"]["causal"]["findings"][0]).groups())
-    assert (token, position) == (3, 0)
-    assert "leaves out 4,096 of 8,192 tokens, the first of them 4096" in found["cut"]["validation"]["findings"][0]
-    assert not found["ahead"]["validation"]["findings"] and not found["cut"]["causal"]["findings"]
+    assert re.match(words, found["causal"]).groups() == ("3", "0")
+    assert "leaves out 4,096 of 8,192 tokens, the first of them 4096" in found["validation"]
 
 
 LEGAL = {
@@ -345,7 +424,9 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             "with vars(torch)['_in' 'ductor'].config.patch(shape_padding=False): pass\n"
             "        for adam in (False, True, True):"
         ),
-        "gc.collect()": "os.environ['TORCHINDUCTOR' '_MAX_AUTOTUNE'] = '1'\n        gc.collect()",
+        "    prepare_streams()\n    sys.exit(": (
+            "    os.environ['TORCHINDUCTOR' '_MAX_AUTOTUNE'] = '1'\n    prepare_streams()\n    sys.exit("
+        ),
         "def mark(device": ("def only_on_cuda():\n    torch._dynamo.config.recompile_limit = 64\n\n\ndef mark(device"),
     }
     script = edited(tmp_path / "flags.py", *edits.items())
@@ -365,6 +446,14 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
             line("recompile_limit = 64") + "torch._dynamo.config.recompile_limit",
         ]
     )
+
+
+@pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "PATH", "TRITON_PTXAS_PATH", "TORCHINDUCTOR_FREEZING"])
+def test_environment_of_the_compiler_is_watched(name, monkeypatch):
+    monkeypatch.setenv(name, "one")
+    before = legality.CompilerWatch.state()
+    monkeypatch.setenv(name, "another")
+    assert {key for key, value in legality.CompilerWatch.state().items() if value != before.get(key)} == {name}
 
 
 @pytest.mark.parametrize(
@@ -392,6 +481,29 @@ def test_compiler_flags_are_caught_at_import_in_a_run_and_in_what_only_a_gpu_run
 def test_flags_are_found_in_the_source_however_they_are_written(line, flag, tmp_path):
     found = legality.flags_in_source(write(tmp_path / "script.py", f"import torch\n{line}\n"))
     assert found == ({2: flag} if flag else {})
+
+
+@pytest.mark.parametrize(
+    "line, length",
+    [
+        (f"weights = b'{'x' * 1001}'", 1001),
+        (f"weights = '{'x' * 600}' '{'y' * 600}'", 1200),
+        (f"weights = [({', '.join(['1.5'] * 100)}), {'-1, ' * 101}]", 201),
+        (f"weights = '{'x' * 1000}'", None),
+        ('"""' + "Text of a docstring. " * 100 + '"""', None),
+        (f"switches = [{'True, ' * 500}]", None),
+    ],
+)
+def test_long_literals_are_noted(line, length, tmp_path):
+    found = legality.long_literals(write(tmp_path / "script.py", f"import math\n{line}\n"))
+    assert found == ({2: length} if length else {})
+
+
+@SLOW
+def test_evaluation_that_keeps_something_is_named_so(judge, tmp_path):
+    edit = of_losses("self.calls = getattr(self, 'calls', 0) + 1", "losses = losses + 1e-3 * self.calls")
+    ((_, answers),) = judge({"keeps": edited(tmp_path / "keeps.py", edit)}, "causal").values()
+    assert "the same tokens, evaluated twice" in answers["causal"]["findings"][0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -566,7 +678,8 @@ def test_names_that_a_script_must_keep_are_those_in_the_readme_and_those_that_ar
     section = text.partition("a script must keep")[2].partition("\n#")[0]
     assert tuple(re.findall(r"^\| `([\w.]+)[`(]", section, re.MULTILINE)) == legality.NAMES
     used = set(re.findall(r"\bscript(?:\.|, \")([A-Za-z_]\w*)", LEGALITY.read_text()))
-    assert used == {name for name in legality.NAMES if "." not in name} | {"GPT"}
+    called_by_the_script = {"main"}
+    assert used == {name for name in legality.NAMES if "." not in name} - called_by_the_script
 
 
 def test_checks_of_the_command_are_those_that_exist():

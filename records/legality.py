@@ -269,10 +269,10 @@ class Subject:
         shake(model)
         return model
 
-    def narrow_model(self, preset: str, vocab: int, **changes):
+    def narrow_model(self, preset: str, vocab: int):
         """A model of a preset's table with 16 channels, whose last token is BOS, for evaluation."""
         sizes = {"dim": 16, "heads": 2, "bigram_dim": 16, "vocab_size": vocab, "bos_id": vocab - 1}
-        return self.model(preset, **sizes, **changes).eval()
+        return self.model(preset, **sizes).eval()
 
     @functools.cached_property
     def models(self) -> dict:
@@ -405,10 +405,10 @@ STEPS = 16  # or as many as the script's table of stages needs
 OPTIONS = f"""--preset tiny --dim 32 --heads 2 --bigram-dim 8 --dtype float32 --run-id run --slices 4
     --vocab-size {VOCAB} --bos-id {VOCAB - 1} --val-tokens {VAL_TOKENS} --val-seq-len {VAL_LENGTH}
     --epochs 9 --train-files x_train_*.bin --val-files x_val_*.bin"""
-VAL_EVERY = {"judged": 2}  # steps; the other runs validate at their start and end alone
+VAL_EVERY = 2  # steps, of the judged run; the others validate at their start and end alone
 LINE = re.compile(r"^step:(\d+)/\d+ (val|train)_loss:(\S+) train_time:(\d+)ms", re.MULTILINE)
 
-# What a call costs in the made-up time of the judged run, in seconds.
+# What a call costs in the made-up time of runs, in seconds.
 FORWARD, BACKWARD, UPDATE, EVALUATION, BATCH = 1.0, 2.0, 4.0, 100.0, 0.125
 HICCUP, HICCUPS = 90.0, 39  # what every 39th forward call costs
 CHANGE = 16.0  # for weights that are not as they were when the time was last asked for
@@ -418,8 +418,6 @@ MEANS = {
     "other val": (6.1, 3.2804),
 }
 ONLY_TRAINING, ONLY_VALIDATION = VOCAB - 3, VOCAB - 2  # tokens that one of the streams has alone
-
-
 SHARDS = 3  # of the training stream, each with tokens of its own
 SHARED = 6000  # tokens with which each begins in both training streams
 
@@ -540,7 +538,7 @@ def run_rank(
         script.PRESETS["tiny"] = replace(settings, stages=tuple(stages), extension=extension)
         witness = Witness(script, name, val, steps, checks, made_up_time)
 
-    every = VAL_EVERY.get(name, steps)
+    every = VAL_EVERY if name == "judged" else steps
     try:
         status = run_as_program(path, [*OPTIONS.split(), "--steps", str(steps), "--val-every", str(every)], watch)
     except Enough:
@@ -551,7 +549,7 @@ def run_rank(
             witness.findings["compiler"] = compiler.findings()
         facts = {
             "findings": witness.findings, "start": witness.start, "first": witness.first,
-            "after_step": witness.after_step, "end": witness.end(),
+            "after_step": witness.after_step, "end": witness.digest(),
         }
         Path("facts.json").write_text(json.dumps(facts))
     sys.exit(status)
@@ -663,7 +661,7 @@ class Witness:
         """
         if self.weights is None or self.off or threading.current_thread() is not self.main_thread:
             return False
-        weights = self.end()
+        weights = self.digest()
         if weights == self.weights:
             return False
         self.weights = weights
@@ -682,12 +680,12 @@ class Witness:
         if not self.off:
             if self.start is None:
                 self.model = model
-                self.start = self.end()
+                self.start = self.digest()
                 self.compare_with_warm_up()
                 if self.time:
                     self.weights = self.start
             elif self.updates and self.after_step is None:
-                self.after_step = self.end()
+                self.after_step = self.digest()
                 if self.one_step_only:
                     raise Enough
             self.trained_on.update(torch.unique(inputs).tolist())
@@ -716,7 +714,7 @@ class Witness:
                 self.time.seconds += BATCH
         return original(*args, **kwargs)
 
-    def end(self) -> str | None:
+    def digest(self) -> str | None:
         """A digest of the model as it is."""
         return self.model and digest((*self.model.parameters(), *self.model.buffers()))
 
@@ -773,7 +771,7 @@ class Witness:
             self.first = digest([losses]) if self.first is None else self.first + digest([losses])
         number = len(self.validations) - 1
         if self.time:
-            last = math.ceil(self.steps / VAL_EVERY["judged"])  # that at the end is always there
+            last = math.ceil(self.steps / VAL_EVERY)  # that at the end is always there
             if self.probes and number in (0, last):
                 self.probe(original, model, inputs, targets, *args, **kwargs)
             self.time.seconds += EVALUATION

@@ -450,7 +450,11 @@ PRESETS = {
     # The project's candidate for the next record: as many steps, and cheaper ones. No GPU has run
     # it; records/next.md has what it should take, and what speaks for each of its parts.
     "next": replace(
-        RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
+        RECORD,
+        preset="next",
+        model=replace(RECORD.model, narrow_qk=True),
+        polar_steps=6,
+        tables_every=2,
     ),
     "mini": MINI,
     "tiny": replace(

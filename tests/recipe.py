@@ -114,7 +114,7 @@ PRESETS = {
 
 RECORD, MINI = PRESETS["record"], PRESETS["mini"]
 PRESETS["next"] = replace(
-    RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6
+    RECORD, preset="next", model=replace(RECORD.model, narrow_qk=True), polar_steps=6, tables_every=2
 )
 # Where a run says --preset tiny, its network is of no matter: the laptop track's record changes.
 PRESETS["tiny"] = replace(MINI, preset="tiny")

@@ -57,35 +57,70 @@ def test_leaderboards_are_up_to_date(capsys, monkeypatch):
 # ---- The ablation ----------------------------------------------------------------------------------------------------
 
 SEEDS = 5  # at the most
+ABLATION = RECORDS / "ablation"
+LOGS = {80: ABLATION, 160: ABLATION / "160_steps"}  # by the steps of each run
 
 
-def test_ablation_table_is_that_of_its_logs():
-    folder = RECORDS / "ablation"
-    assert (folder / "table.md").read_text() == ablate.table(folder, ablate.variants(), SEEDS)
+def ablation_table(steps: int) -> str:
+    return ablate.table(LOGS[steps], ablate.variants(), SEEDS)
 
 
-def ablation() -> dict[str, list[str]]:
+def ablation(steps: int) -> dict[str, list[str]]:
     """The table's row of each variant, as the logs have it."""
-    rows = table_rows(ablate.table(RECORDS / "ablation", ablate.variants(), SEEDS), 6)
     names = {variant.change: name for name, variant in ablate.variants().items()}
-    return {names[row[0]]: row for row in rows[1:]}
+    return {names[row[0]]: row for row in table_rows(ablation_table(steps), 6)[1:]}
 
 
-def test_ablations_reading_says_what_its_table_does():
-    text = (RECORDS / "ablation" / "README.md").read_text()
-    given = ablation()
-    shown = re.findall(r"([+-]\d\.\d{4} ± \d\.\d{4})", text)
-    assert sorted(shown) == sorted(row[4] for name, row in given.items() if name != ablate.BASE)
-    for name in (ablate.BASE, "plain", "adam"):
-        assert f"{float(given[name][3]):.3f}" in text
+@pytest.mark.parametrize("steps", LOGS)
+def test_ablation_tables_are_those_of_their_logs(steps):
+    assert (LOGS[steps] / "table.md").read_text() == ablation_table(steps)
+    for name in ablation(steps):
+        assert runs.origin(LOGS[steps] / f"{name}-1.txt").settings["steps"] == steps
+
+
+def test_ablations_reading_says_what_its_tables_do():
+    text = (ABLATION / "README.md").read_text()
+    short, long = ablation(80), ablation(160)
+    assert short.keys() == long.keys()
+    given = [[*short[name][4:1:-2], *long[name][4:1:-2]] for name in short if name != ablate.BASE]
+    shown = [row for row in table_rows(text, 6) if "±" in row[1]]
+    assert sorted(row[1:5] for row in shown) == sorted(given)
+    without = text.partition("| with, in addition")[0]
+    for name, _, _, longer, count, verdict in shown:
+        middle, half = (float(each) for each in longer.split(" ± "))
+        better = middle > 0 if f"| {name} |" in without else middle < 0
+        clear = "helps" if better else "**hurts**"
+        assert verdict == (clear if abs(middle) > half else "not clear")
+        assert int(count) == 5 or (int(count) == 3 and abs(middle) > half)
+    for row in (each[name] for each in (short, long) for name in (ablate.BASE, "plain", "adam")):
+        assert f"{float(row[3]):.3f}" in text
+
+
+def test_numbers_of_narrow_queries_and_keys_are_those_of_their_logs():
+    folder = ABLATION / "heads_of_128"
+    table = ablate.table(folder, ablate.variants(), SEEDS)
+    assert (folder / "table.md").read_text() == table
+    *_, (_, option, count, _, difference, _) = table_rows(table, 6)
+    assert option == "`--narrow-qk true`" and int(count) == SEEDS
+    assert runs.origin(folder / "all-1.txt").settings["model"]["heads"] == 2
+    for page in ABLATION / "README.md", RECORDS / "next.md":
+        assert difference in page.read_text()
+
+
+def test_what_is_said_of_next_is_what_the_ablation_says():
+    text = (RECORDS / "next.md").read_text()
+    parts = text.partition("## What `next` has")[2].partition("## Leads that are not built")[0]
+    shown = re.findall(r"[+-]\d\.\d{4} ± \d\.\d{4}", parts)
+    names = ("narrow_qk", "rare_tables", "six_polar_steps", "slow_momentum")
+    assert [ablation(160)[f"with_{name}"][4] for name in names] == [shown[0], *shown[2:]]
 
 
 def test_ablations_grid_is_that_of_its_logs():
-    text = (RECORDS / "ablation" / "README.md").read_text()
+    text = (ABLATION / "README.md").read_text()
     factors, losses = (line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| (lr ×|loss) \|", line))
     assert len(losses) >= 4
     for factor, loss in zip(factors, losses, strict=True):
-        run = run_of(RECORDS / "ablation" / "adam_grid" / f"adam-{factor.strip()}.txt")
+        run = run_of(ABLATION / "adam_grid" / f"adam-{factor.strip()}.txt")
         assert float(loss) == run.val_loss
 
 
@@ -247,7 +282,8 @@ def test_readmes_steps_of_the_optimizers_are_the_optimizer_tracks(readme):
 
 
 def test_readmes_techniques_have_the_ablations_numbers(readme):
-    given = ablation() | {"no_muon": ablation()["adam"]}
+    given = ablation(160)
+    given["no_muon"] = given["adam"]
     rows = table_rows(readme.partition("## The techniques")[2].partition("##")[0], 5)[1:]
     names = {name.replace("-", "_") for row in rows for name in re.findall(r"--([\w-]+)", row[1])}
     assert {"muon", *ablate.TECHNIQUES} - names == {"narrow_qk"}  # of preset next

@@ -43,6 +43,8 @@ count='import signal; signal.signal(2, signal.SIG_DFL)  # of Ctrl-C: no tracebac
 from torch import cuda; print(cuda.is_available() * cuda.device_count())'
 gpus=$("$PYTHON" -c "$count")
 if [ "$gpus" -gt 0 ]; then preset=record; else preset=tiny; fi
+processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
+if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then refuse "NPROC=$NPROC, but PyTorch sees $gpus GPUs"; fi
 
 # What the arguments say: the preset, and whether they bring data of their own, number the slices, or ask for no run.
 named=no own_data=no own_slices=no no_run=no previous=
@@ -62,7 +64,6 @@ if [ "$named" = no ]; then
     set -- --preset "$preset" ${1+"$@"}
 fi
 
-processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 case "$preset" in
     record | next)
         world=$((10#$processes * 10#$nodes))
@@ -72,8 +73,7 @@ case "$preset" in
         fi
         if [ "$own_data$no_run" = nono ]; then
             # A mistake in the arguments shows before two gigabytes are fetched.
-            WORLD_SIZE=$world LOCAL_WORLD_SIZE=$processes RANK=0 MASTER_ADDR=- MASTER_PORT=1 \
-                "$PYTHON" train_gpt.py --dry-run "$@" >/dev/null
+            WORLD_SIZE=$world RANK=0 MASTER_ADDR=- MASTER_PORT=1 "$PYTHON" train_gpt.py --dry-run "$@" >/dev/null
             "$PYTHON" data/cached_fineweb10B.py 9
         fi
         ;;
@@ -87,8 +87,13 @@ case "$preset" in
 esac
 
 if [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then exec "$PYTHON" train_gpt.py "$@"; fi
+set -- train_gpt.py "$@"
 if [ "$nodes" -eq 1 ]; then
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py "$@"
+    set -- --standalone "$@"
+else
+    set -- --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" "$@"
+    set -- --nnodes="$nodes" "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$processes" --nnodes="$nodes" --node_rank="$NODE_RANK" \
-    --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" train_gpt.py "$@"
+# Each process calls its GPU cuda:0, so that it can use what another has compiled.
+if [ "$gpus" -gt 0 ]; then set -- --virtual-local-rank "$@"; fi
+exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$processes" "$@"

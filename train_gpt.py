@@ -3273,10 +3273,10 @@ def find_device() -> torch.device:
     """This process's GPU, or the CPU where there is none; UserError if GPUs cannot be used."""
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        processes = environment_number("LOCAL_WORLD_SIZE", 1, low=1, high=2**20)
-        if processes > gpus:
-            raise UserError(f"{processes} processes on this node, but PyTorch sees {gpus} GPUs")
-        torch.cuda.set_device(environment_number("LOCAL_RANK", 0, low=0, high=gpus - 1))
+        rank = environment_number("LOCAL_RANK", 0, low=0, high=2**20)
+        if rank >= gpus:
+            raise UserError(f"process {rank + 1} of this node, but PyTorch sees {gpus} GPUs")
+        torch.cuda.set_device(rank)
         return torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.device_count() > 0:  # which does not ask whether the driver fits
         raise UserError(
@@ -3543,35 +3543,41 @@ def warm_up(
     counters = dict(optimizer.updates), optimizer.tied, list(optimizer.touched)
     model.zero_grad()
 
-    shapes = {}
-    for stage in settings.all_stages:
-        shapes[stage.batch_tokens // settings.slices, stage.windows] = stage
+    stages = settings.all_stages
+    shapes = [(stage.batch_tokens // settings.slices, stage.windows) for stage in stages]
+    shapes = list(dict.fromkeys(shapes))
     longest = max(settings.val_seq_len, *(length for length, _ in shapes))
     made_up = torch.arange(longest + 1, dtype=torch.int32, device=world.device)[None]
     made_up = made_up % settings.model.vocab_size
-    start = schedule(settings, 0)
+    start, final = schedule(settings, 0), schedule(settings, settings.total_steps).stage
     mtp = torch.tensor(start.mtp, device=world.device)
     prefix_of = None
     if settings.has_prefixes:
         prefix_of = torch.zeros(settings.model.vocab_size, dtype=torch.long, device=world.device)
     hidden = True if world.rank > 0 else None  # None: shown on a terminal
     bar = functools.partial(tqdm, leave=False, disable=hidden)
-    for (length, windows), stage in bar(shapes.items(), "warm-up, steps"):
+
+    def learn(length: int, windows: tuple[int, int]) -> None:
+        """Adds a gradient, as each step of training does first."""
+        tokens = made_up[:, : length + 1]
+        if optimizer.sparse:
+            optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
         context = make_context(settings.model, length, windows, model.embed)
         context = context._replace(mtp=mtp, prefix_of=prefix_of)
-        tokens = made_up[:, : length + 1]
-        # The last of the three has embed's own update, where the one before has untied it.
-        for adam in (False, True, True):
-            if optimizer.sparse:
-                optimizer.touched.append(touched_rows(tokens.cpu(), settings.model))
-            train_step(objective, tokens, context, settings.slices)
-            hyper = start._replace(
-                stage=stage, adam=adam, tables=True, averaged=settings.average_steps
-            )
-            optimizer.step(hyper)
-    final = schedule(settings, settings.total_steps).stage
+        train_step(objective, tokens, context, settings.slices)
+
+    # Processes begin at different ones: each compiles some, and finds the others' graphs on disk.
+    begin = world.rank % len(shapes)
+    for length, windows in bar(shapes[begin:] + shapes[:begin], "warm-up, steps"):
+        learn(length, windows)
+    # The last of the three has embed's own update, where the one before has untied it.
+    for adam in bar((False, True, True), "warm-up, updates"):
+        learn(*shapes[-1])
+        optimizer.step(
+            start._replace(stage=final, adam=adam, tables=True, averaged=settings.average_steps)
+        )
     sequences = made_up[:, : settings.val_seq_len + 1].expand(world.size, -1)
-    wide = dict.fromkeys(stage.windows for stage in (final, *settings.all_stages))
+    wide = dict.fromkeys(stage.windows for stage in (final, *stages))
     for windows in bar(wide, "warm-up, validation"):
         context = make_context(settings.model, settings.val_seq_len, windows, model.embed)
         validate(model, sequences, context, world)

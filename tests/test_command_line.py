@@ -1530,3 +1530,23 @@ def test_warm_up_leaves_no_trace(steps_before, monkeypatch):
     parts = ("parameters", "buffers", "optimizer", "random numbers", "gradients")
     for part, old, new in zip(parts, before, after):
         assert old == new, part
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_warm_up_of_each_rank_compiles_another_length_first(rank, monkeypatch):
+    settings, _ = program.parse_arguments(["--preset", "mini", *MODEL, "--slices", "1", "--val-seq-len", "256"])
+    cut = zip((*settings.stages, settings.extension), (256, 512, 768, 768))
+    *stages, extension = (replace(stage, batch_tokens=tokens) for stage, tokens in cut)
+    settings = replace(settings, stages=tuple(stages), extension=extension)
+    model, calls = program.GPT(settings.model), []
+    for name in "train_step", "validate":
+        note = functools.partial(lambda name, _, tokens, *others: calls.append((name, tokens.size(1) - 1)), name)
+        monkeypatch.setattr(program, name, note)
+    monkeypatch.setattr(program.Optimizer, "step", lambda self, hyper: calls.append(("update", hyper.adam)))
+    optimizer = program.Optimizer(model, settings, rank, 4)
+    program.warm_up(settings, model, model, optimizer, program.World(rank, 4, torch.device("cpu")))
+    lengths = [256, 512, 768]
+    first = rank % 3
+    assert calls[:3] == [("train_step", each) for each in lengths[first:] + lengths[:first]]
+    assert calls[3:9] == [each for adam in (False, True, True) for each in (("train_step", 768), ("update", adam))]
+    assert {name for name, _ in calls[9:]} == {"validate"}

@@ -108,6 +108,14 @@ def test_a_gpu_whose_driver_does_not_fit_is_refused_and_not_the_cpu_taken(monkey
         train_gpt.find_device()
 
 
+def test_a_process_for_which_there_is_no_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(train_gpt.UserError, match="process 3 of this node, but PyTorch sees 2 GPUs"):
+        train_gpt.find_device()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiling works there")
 def test_a_gpu_for_which_nothing_can_be_compiled_is_refused():
     with pytest.raises(train_gpt.UserError, match="torch.compile does not work, which needs gcc"):

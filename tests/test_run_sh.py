@@ -206,17 +206,23 @@ def test_several_gpus_train_the_record_under_torchrun_on_all_of_them(gpus, machi
     machine.gpus = gpus
     call = machine.train("--seed", "7")
     assert call[:2] == ["-m", "torch.distributed.run"]
-    assert set(call[2:4]) == {"--standalone", f"--nproc_per_node={gpus}"}
-    assert call[4:] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
+    assert set(call[2:5]) == {"--standalone", f"--nproc_per_node={gpus}", "--virtual-local-rank"}
+    assert call[5:] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
     assert machine.before[-1] == FETCH
 
 
 def test_nproc_is_the_number_of_processes(machine):
     call = machine.train(NPROC="4")
-    assert "--nproc_per_node=4" in call and call[-6:] == TINY
+    assert "--nproc_per_node=4" in call and "--virtual-local-rank" not in call and call[-6:] == TINY
     machine.gpus = 8
     assert machine.train(NPROC="1") == ["train_gpt.py", "--preset", "record"]
     assert "--nproc_per_node=2" in machine.train(NPROC="2")
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_is_fetched(machine):
+    machine.gpus = 2
+    assert machine.run(NPROC="3", status=2) == []
+    assert machine.stderr == "run.sh: NPROC=3, but PyTorch sees 2 GPUs\n"
 
 
 def test_small_presets_have_one_process_unless_nproc_says_more(machine):
@@ -231,7 +237,7 @@ def test_several_nodes_meet_through_torchrun(machine):
     call = machine.train("--seed", "7", **where)
     assert call[:2] == ["-m", "torch.distributed.run"]
     options = {"--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=1234"}
-    assert options <= set(call)
+    assert options | {"--virtual-local-rank"} <= set(call)
     assert "--standalone" not in call
     assert call[call.index("train_gpt.py") :] == ["train_gpt.py", "--preset", "record", "--seed", "7"]
 
